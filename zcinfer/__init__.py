@@ -1,0 +1,63 @@
+"""PyTorch inference over big arrays: Dask schedules blocks, Ray's shared memory holds the weights once per machine."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import ZcinferError
+
+if TYPE_CHECKING:
+    from .arrays import predict
+    from .catalog import connect, delete, disconnect, load, models, put, save
+    from .cluster import LocalCluster
+    from .jobs import run
+    from .predictor import Predictor
+    from .store import ModelRef
+
+# Name: module it is in. Loaded when first used, so that `import zcinfer` costs nothing.
+_HOME = {
+    "LocalCluster": "cluster",
+    "ModelRef": "store",
+    "Predictor": "predictor",
+    "connect": "catalog",
+    "delete": "catalog",
+    "disconnect": "catalog",
+    "load": "catalog",
+    "models": "catalog",
+    "predict": "arrays",
+    "put": "catalog",
+    "run": "jobs",
+    "save": "catalog",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "LocalCluster",
+    "ModelRef",
+    "Predictor",
+    "ZcinferError",
+    "connect",
+    "delete",
+    "disconnect",
+    "errors",
+    "load",
+    "models",
+    "predict",
+    "put",
+    "run",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'zcinfer' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

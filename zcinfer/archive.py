@@ -1,0 +1,189 @@
+"""A model on disk: one directory, never changed once it is complete.
+
+``weights.safetensors``
+    The flat buffer, one entry a storage, so that any safetensors reader finds the weights under their names.
+``skeleton.pkl``
+    The module without its tensors. A pickle: opening a model runs code from it.
+``description.json``
+    The table and the digests of the other two. Its own SHA-256, the *seal*, stands for the whole archive.
+
+Not for names and versions, nor for whom to trust: see `registry`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .description import Bytes, Description, altered_storages
+from .errors import ArchiveError
+from .sharing import map_file
+
+if TYPE_CHECKING:
+    from .parts import Parts
+
+FORMAT = 1
+WEIGHTS, SKELETON, DESCRIPTION, VERIFIED = "weights.safetensors", "skeleton.pkl", "description.json", "verified.json"
+
+# The header fills whole pages: data begins on one, and there is always a page in front of it (see `sharing`).
+MARGIN = 4096
+_MAX_HEADER = 100_000_000  # safetensors' own limit
+_SAFETENSORS_DTYPE = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+class Archive:
+    """A complete archive in ``directory``.
+
+    Parameters
+    ----------
+    directory : pathlib.Path
+
+    Raises
+    ------
+    ArchiveError
+        A file is missing or truncated, or the description is malformed. Contents are compared by `skeleton` and
+        `verify`, not here.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            text = (directory / DESCRIPTION).read_bytes()
+            value = json.loads(text)
+            with open(directory / WEIGHTS, "rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+                found = os.fstat(file.fileno()).st_size
+        except (OSError, ValueError) as error:
+            raise ArchiveError(f"{directory} is not a complete archive of a model: {error}") from error
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise ArchiveError(f"{directory} is not an archive of format {FORMAT}, the one this version reads")
+        self.seal = hashlib.sha256(text).hexdigest()
+        self.description = Description.from_json(value)
+        self._data_start = 8 + header
+        expected = self._data_start + self.description.nbytes
+        if not MARGIN - 8 <= header <= _MAX_HEADER or found != expected:
+            raise ArchiveError(
+                f"{directory / WEIGHTS} is truncated or altered: it has {found} bytes, {expected} were written. "
+                "Publish the model again."
+            )
+
+    def skeleton(self) -> bytes:
+        """The skeleton's bytes, compared with their digest.
+
+        Raises
+        ------
+        ArchiveError
+            They are not what was written.
+        """
+        skeleton = (self.directory / SKELETON).read_bytes()
+        if hashlib.sha256(skeleton).hexdigest() != self.description.skeleton_sha256:
+            raise ArchiveError(f"{self.directory / SKELETON} was altered: its digest differs. Publish the model again.")
+        return skeleton
+
+    def weights(self) -> Bytes:
+        """The flat buffer as a copy-on-write mapping of the file (uint8).
+
+        The content is compared with its digests unless the file is the very one that was written or compared
+        before (same inode, size and times).
+
+        Raises
+        ------
+        ArchiveError
+            It is not what was written.
+        """
+        return self.padded_weights()[MARGIN:]
+
+    def padded_weights(self) -> Bytes:
+        """As `weights`, with `MARGIN` bytes of no meaning in front."""
+        if self._stamp() != _read_json(self.directory / VERIFIED):
+            self.verify()
+        return self._map()
+
+    def verify(self) -> None:
+        """Compare all contents with their digests.
+
+        Raises
+        ------
+        ArchiveError
+            Naming the storages that differ.
+        """
+        self.skeleton()
+        stamp = self._stamp()
+        altered = altered_storages(self._map()[MARGIN:], self.description)
+        if altered:
+            raise ArchiveError(
+                f"{self.directory / WEIGHTS} was altered: the content of {', '.join(altered[:5])} "
+                f"({len(altered)} of {len(self.description.storages)} storages) differs from its digest. "
+                "Publish the model again."
+            )
+        try:
+            write_file(self.directory / VERIFIED, json.dumps(stamp).encode())
+        except OSError:
+            pass  # a registry we may only read: it is compared again in the next process
+
+    def _map(self) -> Bytes:
+        return map_file(self.directory / WEIGHTS, self._data_start - MARGIN, MARGIN + self.description.nbytes)
+
+    def _stamp(self) -> list[int]:
+        status = os.stat(self.directory / WEIGHTS)
+        return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def write_archive(parts: Parts, directory: Path) -> Archive:
+    """Write the parts of a model into ``directory``, which must be new or empty; it is complete on return."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    header = _safetensors_header(parts.description)
+    with open(directory / WEIGHTS, "xb") as file:
+        file.write(header)
+        for piece in parts.pieces():
+            file.write(memoryview(piece))
+    (directory / SKELETON).write_bytes(parts.skeleton)
+    text = json.dumps({"format": FORMAT, **asdict(parts.description)}, indent=1).encode()
+    write_file(directory / DESCRIPTION, text)
+    archive = Archive(directory)
+    write_file(directory / VERIFIED, json.dumps(archive._stamp()).encode())
+    return archive
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _safetensors_header(description: Description) -> bytes:
+    """Header of a safetensors file: entries in the buffer's order, padding as entries of its own."""
+    whole = {spec.storage: spec for spec in description.tensors if spec.whole}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "zcinfer": description.digest}}
+    position = 0
+
+    def pad(end: int) -> None:
+        if end > position:
+            header[f"zcinfer.pad.{position}"] = {"dtype": "U8", "shape": [end - position], "data_offsets": [position, end]}
+
+    for number, storage in enumerate(description.storages):
+        pad(storage.offset)
+        position = storage.offset + storage.nbytes
+        tensor = whole.get(number)
+        dtype = _SAFETENSORS_DTYPE.get(tensor.dtype) if tensor else None
+        shape = list(tensor.size) if tensor and dtype else [storage.nbytes]
+        header[storage.name] = {"dtype": dtype or "U8", "shape": shape, "data_offsets": [storage.offset, position]}
+    pad(description.nbytes)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % MARGIN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

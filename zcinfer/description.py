@@ -1,0 +1,165 @@
+"""What is known of a model without loading it: digest, tensor table, what it needs. Torch is not imported here,
+so that the process that owns the shared memory stays small; the table is checked before any view is made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import ArchiveError
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+# cublasLt picks its algorithm by the alignment of each pointer, up to 256 bytes; CPU vector loads want 64.
+ALIGNMENT = 256
+
+# Bytes behind the last storage: pages are protected as a whole, and no other object may lie in the last one.
+TAIL = 4096
+
+# Storages are hashed in pieces, so that several threads can share one large storage.
+_HASH_PIECE = 16 << 20
+
+# Bytes an element takes, by torch's name of the dtype.
+ITEMSIZE = {
+    **dict.fromkeys(("complex128",), 16),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    **dict.fromkeys(("float32", "int32", "uint32", "complex32", "qint32"), 4),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16", "bits16"), 2),
+    **dict.fromkeys(("int8", "uint8", "bool", "qint8", "quint8", "quint4x2", "quint2x4", "bits8", "bits4x2"), 1),
+    **dict.fromkeys(("bits2x4", "bits1x8", "float4_e2m1fn_x2"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **{f"{sign}int{bits}": 1 for sign in ("", "u") for bits in range(1, 8)},
+}
+
+
+class TensorSpec(NamedTuple):
+    """One tensor as a view of a storage: ``offset``, ``size`` and ``stride`` count elements of ``dtype``.
+
+    ``whole``: contiguous, covers its storage, and shares it with no other tensor.
+    """
+
+    storage: int
+    dtype: str
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+    parameter: bool
+    whole: bool
+
+
+class StorageSpec(NamedTuple):
+    """One storage: its place in the flat buffer (bytes), its content's SHA-256 and a name for people."""
+
+    offset: int
+    nbytes: int
+    sha256: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model without loading it; small, and safe to read from anybody.
+
+    Attributes
+    ----------
+    digest : str
+        SHA-256 of the canonical form of the model.
+    class_name : str
+        Qualified name of the model's class.
+    tensors, storages : tuple
+        The table.
+    nbytes : int
+        Length of the flat buffer in bytes.
+    skeleton_sha256 : str
+        SHA-256 of the skeleton's bytes.
+    skeleton_nbytes : int
+        Length of the skeleton in bytes: what each process holds for itself.
+    training : tuple of str
+        Names of the submodules in train mode ("" is the model itself).
+    dtype : str
+        Floating dtype of the first parameter that has one ("float32"), or "".
+    requires : dict of str to str
+        Top-level package of each class and function in the skeleton, and its version where it has one.
+    """
+
+    digest: str
+    class_name: str
+    tensors: tuple[TensorSpec, ...]
+    storages: tuple[StorageSpec, ...]
+    nbytes: int
+    skeleton_sha256: str
+    skeleton_nbytes: int
+    training: tuple[str, ...]
+    dtype: str
+    requires: dict[str, str]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Description:
+        """Inverse of ``dataclasses.asdict`` over JSON; refuses tables that do not fit their buffer."""
+        try:
+            tensors = (TensorSpec(t[0], t[1], t[2], tuple(t[3]), tuple(t[4]), *t[5:]) for t in value["tensors"])
+            storages = (StorageSpec(*s) for s in value["storages"])
+            described = cls(
+                **{
+                    **value,
+                    "tensors": tuple(tensors),
+                    "storages": tuple(storages),
+                    "training": tuple(value["training"]),
+                }
+            )
+            _check(described)
+        except (TypeError, KeyError, ValueError, IndexError) as error:
+            raise ArchiveError(f"the description of the model is malformed: {error}") from error
+        return described
+
+
+def _check(description: Description) -> None:
+    """Refuse tables whose views would reach outside the buffer: torch would read beyond it."""
+    if not (isinstance(description.digest, str) and len(description.digest) == 64 and description.digest.isalnum()):
+        raise ValueError(f"the digest is {description.digest!r}")
+    position = 0
+    for storage in description.storages:
+        if storage.offset < position or storage.nbytes < 0 or storage.offset % ALIGNMENT:
+            raise ValueError(f"storage {storage.name!r} lies at byte {storage.offset}: unaligned or over another")
+        position = storage.offset + storage.nbytes
+    if position + TAIL > description.nbytes:
+        raise ValueError(f"storages end at byte {position} of {description.nbytes}, fewer than {TAIL} before the end")
+    for tensor in description.tensors:
+        itemsize = ITEMSIZE[tensor.dtype]
+        if len(tensor.size) != len(tensor.stride) or min((tensor.offset, *tensor.size, *tensor.stride)) < 0:
+            raise ValueError(f"a tensor has offset {tensor.offset}, size {tensor.size}, stride {tensor.stride}")
+        if 0 in tensor.size:
+            continue
+        last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
+        reach, nbytes = (last + 1) * itemsize, description.storages[tensor.storage].nbytes
+        if reach > nbytes or (tensor.whole and reach != nbytes):
+            raise ValueError(f"a tensor of size {tensor.size} does not fit its storage of {nbytes} bytes")
+
+
+def sha256_each(sources: Sequence[Bytes]) -> list[bytes]:
+    """SHA-256 over the SHA-256 of each piece of 16 MiB, per source, on all cores (hashlib releases the GIL)."""
+    pieces = [
+        (number, source[start : start + _HASH_PIECE])
+        for number, source in enumerate(sources)
+        for start in range(0, max(source.nbytes, 1), _HASH_PIECE)
+    ]
+    totals = [hashlib.sha256() for _ in sources]
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(lambda piece: hashlib.sha256(piece[1]).digest(), pieces)
+        for (number, _), digest in zip(pieces, digests, strict=True):
+            totals[number].update(digest)
+    return [total.digest() for total in totals]
+
+
+def altered_storages(buffer: Bytes, description: Description) -> list[str]:
+    """Names of the storages in a flat buffer whose content is not what the description says."""
+    sources = [buffer[spec.offset : spec.offset + spec.nbytes] for spec in description.storages]
+    found = sha256_each(sources)
+    return [s.name for s, digest in zip(description.storages, found, strict=True) if digest.hex() != s.sha256]

@@ -1,0 +1,238 @@
+"""Modules of this process: built from a store, kept as residents, lent to one thread at a time.
+
+A resident is a built module whose weights are shared memory. Going back to one costs microseconds. It is lent out for
+a block and looked at when it comes back: one whose weights or buffers were written meanwhile is dropped, so that
+results never depend on the order of blocks. Not for choosing stores or names (`catalog`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from . import config
+from .errors import StoreUnavailable, ZcinferError
+from .parts import join
+from .registry import Registry
+from .store import Fetched, FileStore, ModelRef, Store
+
+log = logging.getLogger("zcinfer")
+
+_stores: dict[str, Store] = {}
+_stores_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Load:
+    """Record of one load in this process.
+
+    Attributes
+    ----------
+    model : str
+        "name@version".
+    store : str
+        Kind of store it came from: "ray" or "file".
+    protection : str
+        "copy-on-write" or "read-only".
+    seconds : dict of str to float
+        Seconds by phase: "connect" and "import" (once a process), "fetch", "map", "join", "to device".
+    shared, private : int
+        Bytes mapped from the store, and bytes of the skeleton (this process's own).
+    """
+
+    model: str
+    store: str
+    protection: str
+    seconds: dict[str, float]
+    shared: int
+    private: int
+
+    @property
+    def load_seconds(self) -> float:
+        """Seconds of the load itself, without what a process pays once."""
+        return sum(value for phase, value in self.seconds.items() if phase not in ("connect", "import"))
+
+
+# The last loads of this process, newest last.
+loads: deque[Load] = deque(maxlen=1000)
+
+
+def open_store(url: str) -> Store:
+    """The store of a URL; opened once a process."""
+    with _stores_lock:
+        if url not in _stores:
+            kind, _, rest = url.partition(":")
+            if kind == "file":
+                _stores[url] = FileStore(rest)
+            elif kind == "ray":
+                from .ray_store import RayStore  # a second of imports, for those who use it
+
+                _stores[url] = RayStore.open(url)
+            else:
+                raise ZcinferError(f"{url!r} is no store's URL: it begins with 'ray:' or 'file:'")
+        return _stores[url]
+
+
+def keep_store(store: Store) -> None:
+    """Have `open_store` return this store for its URL."""
+    with _stores_lock:
+        _stores[store.url] = store
+
+
+def drop_store(store: Store) -> None:
+    """Close a store and forget it."""
+    with _stores_lock:
+        _stores.pop(store.url, None)
+    store.close()
+
+
+def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.nn.Module:
+    """Build a fresh module from the store that the ref names.
+
+    Parameters
+    ----------
+    ref : ModelRef
+    device : torch.device or str, optional
+        Moved there; default: left in shared host memory.
+
+    Returns
+    -------
+    torch.nn.Module
+        Its weights are views of shared memory; what is written to them stays in this process.
+    """
+    seconds: dict[str, float] = {}
+    begin = perf_counter()
+    new = ref.store not in _stores
+    try:
+        store = open_store(ref.store)
+        if new:
+            seconds["connect"] = perf_counter() - begin
+        fetched = store.fetch(ref.digest)
+    except StoreUnavailable as error:
+        fetched, store = _from_archive(ref, error)
+    seconds |= fetched.seconds
+    begin = perf_counter()
+    for package in fetched.description.requires:
+        _import(package)
+    imported = perf_counter()
+    model = join(fetched.skeleton, fetched.description, fetched.buffer)
+    joined = perf_counter()
+    seconds |= {"import": imported - begin, "join": joined - imported}
+    if device is not None and torch.device(device).type != "cpu":
+        model = model.to(device)
+        seconds["to device"] = perf_counter() - joined
+    kind = store.url.partition(":")[0]
+    shared, private = fetched.description.nbytes, len(fetched.skeleton)
+    loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
+    return model
+
+
+def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Store]:
+    """Map the archive itself when Ray does not answer, if this machine can see the registry."""
+    from urllib.parse import parse_qs, urlsplit
+
+    directory = parse_qs(urlsplit(ref.store).query).get("registry", [""])[0]
+    if not directory or not Path(directory).exists():
+        raise error
+    log.warning("%s; mapping the archive of %s in %s instead", error, ref, directory)
+    with _stores_lock:
+        _stores.pop(ref.store, None)
+    store = FileStore(Registry(directory).directory)
+    return store.fetch(ref.digest), store
+
+
+def _import(package: str) -> None:
+    # Errors are left to join, which knows what is missing for what.
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        pass
+
+
+class Residents:
+    """Modules built in this process, by digest and device; the least recently used go first.
+
+    Parameters
+    ----------
+    limit : int
+        Number of modules kept while nobody uses them.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._free: OrderedDict[tuple[str, str, str], list[tuple[torch.nn.Module, Any]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lend(self, ref: ModelRef, device: str, training: str) -> Iterator[torch.nn.Module]:
+        """Lend a module to this thread.
+
+        Parameters
+        ----------
+        ref : ModelRef
+        device : str
+        training : {"refuse", "eval", "keep"}
+            "eval" switches the module to eval mode when it is built.
+
+        Yields
+        ------
+        torch.nn.Module
+        """
+        key = (ref.digest, device, training)
+        with self._lock:
+            free = self._free.get(key)
+            resident = free.pop() if free else None
+            if resident is not None:
+                self._free.move_to_end(key)
+        if resident is None:
+            model = load_ref(ref, device)
+            if training == "eval":
+                model.eval()
+            resident = (model, _fingerprint(model))
+        model, fingerprint = resident
+        # Not given back after an exception: what it left half-done is not known.
+        yield model
+        if training != "keep" and _fingerprint(model) != fingerprint:
+            log.warning(
+                "%s wrote to its own weights or buffers while it computed; it is loaded anew for the next block, so "
+                "that results do not depend on the order of blocks",
+                ref,
+            )
+            return
+        with self._lock:
+            self._free.setdefault(key, []).append(resident)
+            self._free.move_to_end(key)
+            while sum(map(len, self._free.values())) > self.limit:
+                oldest = next(iter(self._free))
+                self._free[oldest].pop()
+                if not self._free[oldest]:
+                    del self._free[oldest]
+
+    def clear(self) -> None:
+        """Drop all modules that nobody uses now."""
+        with self._lock:
+            self._free.clear()
+
+
+def _fingerprint(model: torch.nn.Module) -> Any:
+    """Identity and version counter of each parameter and buffer: changes with every in-place write by torch."""
+    return [
+        (id(tensor), tensor._version)
+        for module in model.modules()
+        for registry in (module._parameters, module._buffers)
+        for tensor in registry.values()
+        if tensor is not None and not tensor.is_inference()
+    ]
+
+
+residents = Residents(int(config.get("residents")))

@@ -1,0 +1,385 @@
+"""A model taken apart, and put together again: skeleton, tensor table, storages.
+
+``split`` pickles the live module with a pickler that takes every tensor out; the module itself is never touched.
+``join`` is its exact inverse over any writable buffer that holds the storages. Not for files (`archive`) and not for
+sharing (`store`): nothing here knows where the buffer lies.
+
+Tensors are taken by storage, not by module: that keeps ties, views, strides and every dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from .canonical import Canonical, is_plain, storage_key
+from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
+from .errors import ModelCodeMissing, SplitError
+
+try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
+    from cloudpickle import Pickler as _BasePickler
+except ImportError:
+    from pickle import Pickler as _BasePickler
+
+# Those that torch.frombuffer takes in every version we support; tensors of others are set on bare storages.
+_BUFFER_DTYPES = frozenset("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split())
+
+@dataclass(frozen=True)
+class Parts:
+    """A model taken apart.
+
+    Attributes
+    ----------
+    description : Description
+    skeleton : bytes
+        Pickle of the module without its tensors.
+    sources : sequence of numpy.ndarray
+        The bytes of each storage, uint8; views of the model's own memory where that is on the CPU.
+    """
+
+    description: Description
+    skeleton: bytes
+    sources: Sequence[Bytes] = field(repr=False)
+
+    def pieces(self) -> Iterator[Bytes | bytes]:
+        """The flat buffer from its first byte to its last, as storages and padding."""
+        position = 0
+        for spec, source in zip(self.description.storages, self.sources, strict=True):
+            if spec.offset > position:
+                yield bytes(spec.offset - position)
+            yield source
+            position = spec.offset + spec.nbytes
+        if self.description.nbytes > position:
+            yield bytes(self.description.nbytes - position)
+
+
+def split(model: torch.nn.Module) -> Parts:
+    """Take a module apart into a skeleton, a table and the bytes of its storages.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On any device; it is not changed. Gradients are left out, as pickle leaves them out.
+
+    Returns
+    -------
+    Parts
+        Its sources are views of the model's memory: do not train the model while they are in use.
+
+    Raises
+    ------
+    SplitError
+        Something in the model cannot be pickled; the message names the attribute.
+
+    Examples
+    --------
+    >>> parts = split(torch.nn.Linear(2, 3))
+    >>> [t.size for t in parts.description.tensors]
+    [(3, 2), (3,)]
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise SplitError(f"a model must be a torch.nn.Module, found {type(model).__name__!r}: pass the module itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SplitError(
+            f"{type(model).__name__} is compiled TorchScript, which pickle cannot carry: publish the module it was "
+            "compiled from"
+        )
+    taken = _Taken()
+    file = io.BytesIO()
+    try:
+        _Splitter(file, taken).dump(model)
+    except Exception as error:
+        raise SplitError(_blame(model, error)) from error
+    skeleton = file.getvalue()
+
+    sources = [_storage_bytes(storage) for storage in taken.storages]
+    digests = sha256_each(sources)
+    by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
+    canonical = Canonical(lambda storage: by_key.get(storage_key(storage)) or sha256_each([_storage_bytes(storage)])[0])
+    try:
+        canonical.add(model)
+    except Exception as error:
+        raise SplitError(f"the content of {type(model).__name__} cannot be compared: {error}") from error
+
+    names = _storage_names(model, taken)
+    storages, position = [], 0
+    for name, source, digest in zip(names, sources, digests, strict=True):
+        storages.append(StorageSpec(position, source.nbytes, digest.hex(), name))
+        position += -(-source.nbytes // ALIGNMENT) * ALIGNMENT
+    description = Description(
+        digest=canonical.hexdigest(),
+        class_name=f"{type(model).__module__}.{type(model).__qualname__}",
+        tensors=taken.table(),
+        storages=tuple(storages),
+        nbytes=position + TAIL,
+        skeleton_sha256=hashlib.sha256(skeleton).hexdigest(),
+        skeleton_nbytes=len(skeleton),
+        training=tuple(name for name, module in model.named_modules() if module.training),
+        dtype=_floating_dtype(model),
+        requires={package: _version(package) for package in sorted(canonical.packages - sys.stdlib_module_names)},
+    )
+    return Parts(description, skeleton, sources)
+
+
+def join(skeleton: bytes, description: Description, buffer: Any) -> torch.nn.Module:
+    """Put a module together over a buffer, without copying the weights.
+
+    Parameters
+    ----------
+    skeleton : bytes
+        From `split`. Unpickling runs code: it must come from a trusted place.
+    description : Description
+    buffer : writable buffer of bytes
+        The storages at their offsets. The module's tensors are views of it and keep it alive. Who else sees
+        writes to it is up to the buffer.
+
+    Returns
+    -------
+    torch.nn.Module
+        In the same mode, with the same ties, strides, flags and names.
+
+    Raises
+    ------
+    ModelCodeMissing
+        A class of the model cannot be imported here; the message names the package.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(2, 3)
+    >>> parts = split(layer)
+    >>> buffer = bytearray(b"".join(bytes(piece) for piece in parts.pieces()))
+    >>> torch.equal(join(parts.skeleton, parts.description, buffer).weight, layer.weight)
+    True
+    """
+    tensors, storages = _view(buffer, description)
+    return _unpickle(skeleton, description, tensors, storages)
+
+
+def join_fake(skeleton: bytes, description: Description) -> torch.nn.Module:
+    """Put a module together without weights; call under ``FakeTensorMode`` and throw the module away after use."""
+    tensors = []
+    for spec in description.tensors:
+        tensor = torch.empty_strided(spec.size, spec.stride, dtype=getattr(torch, spec.dtype))
+        tensors.append(torch.nn.Parameter(tensor, spec.requires_grad) if spec.parameter else tensor)
+    return _unpickle(skeleton, description, tensors, None)
+
+
+class _Taken:
+    """Tensors and storages met by the pickler, each once."""
+
+    def __init__(self) -> None:
+        self.specs: list[TensorSpec] = []
+        self.tensors: list[torch.Tensor] = []  # keeps ids valid
+        self.storages: list[torch.UntypedStorage] = []
+        self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
+        self._tensor_index: dict[int, int] = {}
+        self._storage_index: dict[tuple[Any, ...], int] = {}
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        if id(tensor) not in self._tensor_index:
+            self._tensor_index[id(tensor)] = len(self.specs)
+            self.tensors.append(tensor)
+            self.specs.append(
+                TensorSpec(
+                    self.storage(tensor.untyped_storage()),
+                    str(tensor.dtype).removeprefix("torch."),
+                    tensor.storage_offset(),
+                    tuple(tensor.size()),
+                    tuple(tensor.stride()),
+                    tensor.requires_grad,
+                    isinstance(tensor, torch.nn.Parameter),
+                    False,
+                )
+            )
+        return self._tensor_index[id(tensor)]
+
+    def storage(self, storage: torch.UntypedStorage) -> int:
+        key = storage_key(storage)
+        if key not in self._storage_index:
+            self._storage_index[key] = len(self.storages)
+            self.storages.append(storage)
+            self.uses.append(0)
+        self.uses[self._storage_index[key]] += 1
+        return self._storage_index[key]
+
+    def table(self) -> tuple[TensorSpec, ...]:
+        def whole(tensor: torch.Tensor, spec: TensorSpec) -> bool:
+            usual = torch.empty(spec.size, device="meta").stride()  # of an axis of length 1 any stride is contiguous
+            covers = spec.stride == usual and tensor.nbytes == self.storages[spec.storage].nbytes() > 0
+            return covers and self.uses[spec.storage] == 1 and spec.dtype in _BUFFER_DTYPES
+
+        return tuple(s._replace(whole=whole(t, s)) for t, s in zip(self.tensors, self.specs, strict=True))
+
+
+class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
+    def __init__(self, file: io.BytesIO, taken: _Taken):
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._taken = taken
+
+    def persistent_id(self, obj: Any) -> int | tuple[int, str] | None:
+        if isinstance(obj, torch.Tensor):
+            return self._taken.tensor(obj) if is_plain(obj) else None
+        if isinstance(obj, torch.storage.TypedStorage):
+            return self._taken.storage(obj.untyped()), str(obj.dtype).removeprefix("torch.")
+        if isinstance(obj, torch.UntypedStorage):
+            return self._taken.storage(obj), ""
+        return None
+
+
+class _Joiner(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor], storages: list[torch.UntypedStorage | None] | None):
+        super().__init__(file)
+        self._tensors = tensors
+        self._storages = storages
+
+    def persistent_load(self, pid: int | tuple[int, str]) -> Any:
+        if isinstance(pid, int):
+            return self._tensors[pid]
+        if self._storages is None:
+            raise NotImplementedError("tensors of unusual kinds have no shape without their weights")
+        index, dtype = pid
+        storage = self._storages[index]
+        if not dtype:
+            return storage
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=getattr(torch, dtype), _internal=True)
+
+
+def _unpickle(
+    skeleton: bytes,
+    description: Description,
+    tensors: list[torch.Tensor],
+    storages: list[torch.UntypedStorage | None] | None,
+) -> torch.nn.Module:
+    try:
+        model = _Joiner(io.BytesIO(skeleton), tensors, storages).load()
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ModelCodeMissing(_missing(description, error)) from error
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def _missing(description: Description, error: Exception) -> str:
+    package = ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+    else:
+        named = re.search(r"module '([\w.]+)'", str(error))
+        package = named.group(1).partition(".")[0] if named else ""
+    version = description.requires.get(package, "")
+    remedy = f"install {package}=={version}" if version else f"make the module {package or 'that defines it'!r} importable"
+    return (
+        f"the model's class {description.class_name} needs code that this process does not have ({error}). "
+        f"On every worker, {remedy} (same version as where the model was published)."
+    )
+
+
+def _view(buffer: Any, description: Description) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
+    """Tensors of the table as views of the buffer, and the storages that are not some tensor's alone."""
+    tensors: list[torch.Tensor] = []
+    storages: list[torch.UntypedStorage | None] = [None] * len(description.storages)
+    own = {spec.storage for spec in description.tensors if spec.whole}
+    for number, place in enumerate(description.storages):
+        if number not in own:
+            storages[number] = (
+                torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset).untyped_storage()
+                if place.nbytes
+                else torch.UntypedStorage(0)
+            )
+    as_parameter = torch.Tensor._make_subclass  # nn.Parameter() in its plain case, at half the time
+    # Never under inference_mode: such tensors cannot be trained, or cast, later.
+    with torch.inference_mode(False):
+        for storage, name, offset, size, stride, requires_grad, parameter, whole in description.tensors:
+            dtype = getattr(torch, name)
+            if whole:
+                place = description.storages[storage]
+                tensor = torch.frombuffer(buffer, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset)
+                if len(size) != 1:
+                    tensor.resize_(size)
+            else:
+                tensor = torch.empty(0, dtype=dtype).set_(storages[storage], offset, size, stride)
+            if parameter:
+                tensor = as_parameter(torch.nn.Parameter, tensor, requires_grad)
+            elif requires_grad:
+                tensor.requires_grad_()
+            tensors.append(tensor)
+    return tensors, storages
+
+
+def _storage_bytes(storage: torch.UntypedStorage) -> Bytes:
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    array: Bytes = flat.cpu().numpy()
+    return array
+
+
+def _storage_names(model: torch.nn.Module, taken: _Taken) -> list[str]:
+    named: dict[int, str] = {}
+    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        named.setdefault(id(tensor), name)
+    names = [""] * len(taken.storages)
+    for tensor, spec in zip(taken.tensors, taken.specs, strict=True):
+        names[spec.storage] = names[spec.storage] or named.get(id(tensor), "")
+    used: set[str] = set()
+    for number, name in enumerate(names):
+        names[number] = name if name and name not in used else f"zcinfer.storage.{number}"
+        used.add(names[number])
+    return names
+
+
+def _floating_dtype(model: torch.nn.Module) -> str:
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            return str(tensor.dtype).removeprefix("torch.")
+    return ""
+
+
+@lru_cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pass
+    distributions = metadata.packages_distributions().get(package)
+    return metadata.version(distributions[0]) if distributions else ""
+
+
+def _blame(model: torch.nn.Module, error: Exception) -> str:
+    """Say which attribute cannot be pickled: the deepest one that fails alone."""
+    path, culprit = _deepest_failure(type(model).__name__, model, set())
+    hint = "Remove it before publishing, or give its class a __getstate__ that leaves it out."
+    if isinstance(error, RecursionError):
+        hint = "The model nests too deeply for pickle: raise sys.setrecursionlimit before publishing."
+    return f"{path} (a {type(culprit).__name__}) cannot be taken apart: {error}. {hint}"
+
+
+def _deepest_failure(path: str, obj: Any, seen: set[int]) -> tuple[str, Any]:
+    seen.add(id(obj))
+    children: list[tuple[str, Any]] = []
+    if isinstance(obj, torch.nn.Module):
+        state = dict(vars(obj))
+        for registry in ("_modules", "_parameters", "_buffers"):
+            children += [(f"{path}.{name}", child) for name, child in state.pop(registry, {}).items()]
+        children += [(f"{path}.{name}", child) for name, child in state.items()]
+    elif isinstance(obj, dict):
+        children = [(f"{path}[{name!r}]", child) for name, child in obj.items()]
+    elif isinstance(obj, list | tuple | set):
+        children = [(f"{path}[{number}]", child) for number, child in enumerate(obj)]
+    elif hasattr(obj, "__dict__") and not isinstance(obj, type):
+        children = [(f"{path}.{name}", child) for name, child in vars(obj).items()]
+    for name, child in children:
+        if id(child) in seen:
+            continue
+        try:
+            _Splitter(io.BytesIO(), _Taken()).dump(child)
+        except Exception:
+            return _deepest_failure(name, child, seen)
+    return path, obj

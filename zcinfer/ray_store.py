@@ -1,0 +1,282 @@
+"""The store in Ray's shared memory: one copy of each model's weights per machine, whoever reads it.
+
+A Ray object dies with the process that put it. So a detached actor, the *holder*, does its own ``ray.put`` from the
+archive, on demand; when it is lost Ray starts it again and it puts again. Readers map the object's pages a second
+time, copy-on-write (`sharing`). Every wait has a deadline of our own: Ray's are not kept when its raylet is gone.
+
+The only file that imports ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import ray
+from dask.utils import parse_bytes
+
+from . import config, keeper
+from .archive import MARGIN, Archive
+from .description import Bytes, Description
+from .errors import StoreFull, StoreUnavailable, ZcinferError
+from .registry import Registry
+from .sharing import map_plasma
+from .store import Fetched
+
+T = TypeVar("T")
+
+NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
+
+
+class Holder:
+    """The actor that owns the objects. One per Ray cluster; it holds no torch and no model, only bytes."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._objects: dict[str, tuple[Description, bytes, Any]] = {}
+
+    def ping(self) -> int:
+        """Process id of the holder."""
+        return os.getpid()
+
+    def fetch(self, digest: str, registry: str) -> tuple[Description, bytes, list[Any]]:
+        """Description, skeleton and object (in a list, so that Ray passes it on unread) of one model."""
+        if digest not in self._objects:
+            archive = Registry(registry).archive(digest)
+            self._make_room(archive)
+            self._objects[digest] = (archive.description, archive.skeleton(), ray.put(archive.padded_weights()))
+        description, skeleton, reference = self._objects[digest]
+        return description, skeleton, [reference]
+
+    def forget(self, digest: str) -> None:
+        """Drop one model; its memory is free once the last reader has let go."""
+        self._objects.pop(digest, None)
+
+    def usage(self) -> tuple[int, int, dict[str, int]]:
+        """Capacity of the store, bytes held, and bytes by digest."""
+        held = {digest: description.nbytes for digest, (description, _, _) in self._objects.items()}
+        return self._capacity, sum(held.values()), held
+
+    def _make_room(self, archive: Archive) -> None:
+        nbytes = archive.description.nbytes + MARGIN
+        capacity, used, held = self.usage()
+        if used + nbytes > capacity:
+            names = {version.digest: str(version) for version in Registry(archive.directory.parents[1]).versions()}
+            listed = ", ".join(f"{names.get(digest, digest[:12])} ({_mb(size)})" for digest, size in held.items())
+            raise StoreFull(
+                f"a model of {_mb(nbytes)} does not fit: {_mb(used)} of the store's {_mb(capacity)} are taken"
+                f"{' by ' + listed if listed else ''}. Delete what is not needed (zcinfer rm NAME), or give Ray more "
+                "memory (DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the "
+                "store 'file'."
+            )
+
+
+class RayStore:
+    """Shared memory of one Ray cluster, filled from one registry.
+
+    Parameters
+    ----------
+    address : str
+        "HOST:PORT" of the Ray cluster.
+    registry : Registry
+    environment : dict of str to str, optional
+        Variables that Ray's clients need, as the path of the token of our own Ray.
+    own : keeper.OwnRay, optional
+        Ends with this store.
+
+    Raises
+    ------
+    StoreUnavailable
+        Nothing answers at that address within ``zcinfer.ray.timeout`` seconds.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        registry: Registry,
+        environment: dict[str, str] | None = None,
+        own: keeper.OwnRay | None = None,
+    ):
+        self.address = address
+        self.registry = registry
+        self._own = own
+        self._environment = environment or {}
+        self._timeout = float(config.get("ray.timeout"))
+        begin = perf_counter()
+        _probe(address, self._timeout)
+        self._within(self._timeout, lambda: _connect(address, self._environment))
+        # A Ray just started needs a second or two to start its first worker process.
+        patience = float(config.get("ray.start-timeout")) if own else self._timeout
+        self._holder = self._within(patience, _find_holder)
+        self.connect_seconds = perf_counter() - begin
+
+    @classmethod
+    def start(cls, registry: Registry) -> RayStore:
+        """Start a Ray of our own on this machine, which ends with this store or this process."""
+        memory = config.get("ray.object-store-memory")
+        own = keeper.start(_bytes(memory), timeout=float(config.get("ray.start-timeout")))
+        return cls(own.address, registry, keeper.ray_environment(), own)
+
+    @classmethod
+    def open(cls, url: str) -> RayStore:
+        """Connect to the store of a URL."""
+        address, _, query = url.removeprefix("ray:").partition("?")
+        options = dict(parse_qsl(query))
+        environment = keeper.ray_environment() if options.get("auth") == "own" else {}
+        return cls(address, Registry(options["registry"]), environment)
+
+    @property
+    def url(self) -> str:
+        auth = {"auth": "own"} if self._environment else {}
+        return f"ray:{self.address}?{urlencode({'registry': self.registry.directory, **auth})}"
+
+    def fetch(self, digest: str) -> Fetched:
+        begin = perf_counter()
+        description, skeleton, padded = self._within(self._patience(digest), lambda: self._get(digest))
+        fetched = perf_counter()
+        buffer, protection = map_plasma(padded[MARGIN : MARGIN + description.nbytes])
+        seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
+        return Fetched(description, skeleton, buffer, protection, seconds)
+
+    def publish(self, digest: str) -> None:
+        request = self._holder.fetch
+        directory = str(self.registry.directory)
+        self._within(self._patience(digest), lambda: ray.get(request.remote(digest, directory)))
+
+    def forget(self, digest: str) -> None:
+        self._within(self._timeout, lambda: ray.get(self._holder.forget.remote(digest)))
+
+    def usage(self) -> tuple[int, int, dict[str, int]]:
+        """Capacity of the store, bytes held, and bytes by digest."""
+        usage: tuple[int, int, dict[str, int]] = self._within(
+            self._timeout, lambda: ray.get(self._holder.usage.remote())
+        )
+        return usage
+
+    def close(self) -> None:
+        # With the raylet gone, shutdown may hang as every other call.
+        _join_within(self._timeout, ray.shutdown)
+        if self._own is not None:
+            self._own.stop()
+
+    def _get(self, digest: str) -> tuple[Description, bytes, Bytes]:
+        description, skeleton, (reference,) = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
+        return description, skeleton, ray.get(reference)
+
+    def _patience(self, digest: str) -> float:
+        """Seconds to wait for a model: the holder may have to read it from a slow disk and put it first."""
+        try:
+            nbytes = os.stat(self.registry.directory / "archives" / digest / "weights.safetensors").st_size
+        except OSError:
+            nbytes = 0
+        return self._timeout + nbytes / 50e6
+
+    def _within(self, seconds: float, function: Callable[[], T]) -> T:
+        outcome = _join_within(seconds, function)
+        if outcome is None:
+            # Releases the call that hangs, and lets a later attempt connect anew.
+            _abandon()
+            raise StoreUnavailable(
+                f"Ray at {self.address} has not answered within {seconds:.0f} s: it, or this machine's raylet, has "
+                "died or is overloaded. Start it again (zc.connect()), or use the store 'file'."
+            )
+        result, error = outcome
+        if error is None:
+            return result  # type: ignore[return-value]
+        cause = getattr(error, "cause", None)
+        ours = cause if isinstance(cause, ZcinferError) else error
+        if isinstance(ours, ZcinferError):
+            raise ours
+        raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _probe(address: str, timeout: float) -> None:
+    """See that something listens before ray.init, which would try for minutes."""
+    parts = urlsplit(f"//{address}")
+    try:
+        if not parts.hostname or not parts.port:
+            raise ValueError("it must be HOST:PORT")
+        socket.create_connection((parts.hostname, parts.port), timeout=timeout).close()
+    except (OSError, ValueError) as error:
+        raise StoreUnavailable(
+            f"no Ray answers at {address!r}: {error}. Check the address (store='ray:HOST:PORT', RAY_ADDRESS or "
+            "zcinfer.ray.address), or leave it out to have one started here."
+        ) from None
+
+
+def _connect(address: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    # Ray's own start-up notes would land in the middle of a progress bar.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if ray.is_initialized():
+        if ray.get_runtime_context().gcs_address == address:
+            return
+        ray.shutdown()
+    ray.init(
+        address=address,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _find_holder() -> Any:
+    capacity = min(
+        (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
+    )
+    holder = (
+        ray.remote(Holder)
+        .options(
+            name=HOLDER,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            # Ray leaves an actor without GPUs all of them to see; the holder must not open one.
+            runtime_env={"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+        )
+        .remote(capacity)
+    )
+    # The first call opens the connection (80 ms); later ones take a millisecond.
+    ray.get(holder.ping.remote())
+    return holder
+
+
+def _abandon() -> None:
+    threading.Thread(target=ray.shutdown, daemon=True, name="zcinfer-ray-shutdown").start()
+
+
+def _join_within(seconds: float, function: Callable[[], T]) -> tuple[T | None, BaseException | None] | None:
+    """Result or exception of a call, or None when it has not returned in time; its thread is then left behind."""
+    outcome: list[tuple[T | None, BaseException | None]] = []
+
+    def call() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:  # a released ray.get raises SystemExit, which must not end the caller
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True, name="zcinfer-ray-call")
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"
+
+
+def _bytes(text: str | int | None) -> int | None:
+    return None if text is None else int(parse_bytes(text))

@@ -1,0 +1,259 @@
+"""The registry: a directory of archives and of the names they go by. It is the truth; stores are caches over it.
+
+::
+
+    archives/<digest>/     one archive each, complete or absent (renamed into place)
+    names/<name>.json      the versions of one name, replaced atomically
+    seals/<seal>           archives this user has written anywhere: they may be opened without being asked
+
+Not for memory: nothing here knows Ray, or loads a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+from .archive import Archive, write_archive, write_file
+from .config import private_directory
+from .errors import ArchiveError, ModelNotFound, SettingsError, UntrustedArchive
+
+if TYPE_CHECKING:
+    from .parts import Parts
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,199}")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of one name."""
+
+    name: str
+    version: int
+    digest: str
+    created: str
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+class Registry:
+    """The models of one directory.
+
+    Parameters
+    ----------
+    directory : path
+        Created with mode 0700 when first written to.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+
+    def add(self, parts: Parts, name: str) -> Version:
+        """Write the parts' archive unless it is there, and make it the newest version of ``name``.
+
+        The same content again is no new version. Interrupted at any moment, nothing is half-published.
+        """
+        check_name(name)
+        digest = parts.description.digest
+        with self._temporary() as temporary:
+            written = None if self._is_complete(digest) else write_archive(parts, temporary / "archive")
+            with self._lock():
+                if written is not None:
+                    self._install(written, digest)
+                elif not self._is_complete(digest):  # removed by another process a moment ago
+                    written = write_archive(parts, temporary / "archive")
+                    self._install(written, digest)
+                versions = self._versions(name)
+                if versions and versions[-1].digest == digest:
+                    return versions[-1]
+                created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                number = versions[-1].version + 1 if versions else 1
+                versions.append(Version(name, number, digest, created))
+                self._write_versions(name, versions)
+                return versions[-1]
+
+    def save(self, parts: Parts, directory: Path) -> Archive:
+        """Write the parts' archive to any new directory, complete or not at all, and remember that we wrote it."""
+        if directory.exists():
+            raise SettingsError(f"{directory} exists: an archive is written to a new directory")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
+            archive = write_archive(parts, Path(temporary) / "archive")
+            self.trust(archive)
+            os.rename(archive.directory, directory)
+        return Archive(directory)
+
+    def resolve(self, name: str) -> Version:
+        """The version that ``name`` ("bert", "bert@2") means now.
+
+        Raises
+        ------
+        ModelNotFound
+            With the nearest names.
+        """
+        base, _, number = name.partition("@")
+        check_name(base)
+        versions = self._versions(base)
+        if not versions:
+            names = self.names()
+            near = difflib.get_close_matches(base, names, n=3, cutoff=0.5) or names[:5]
+            known = f"Did you mean {', '.join(repr(n) for n in near)}?" if near else "It is empty: publish one first."
+            raise ModelNotFound(f"no model {base!r} in the registry {self.directory}. {known}")
+        if not number:
+            return versions[-1]
+        for version in versions:
+            if str(version.version) == number:
+                return version
+        raise ModelNotFound(f"no version {number} of {base!r}: there are {', '.join(str(v.version) for v in versions)}")
+
+    def archive(self, digest: str) -> Archive:
+        """The archive with that digest.
+
+        Raises
+        ------
+        ModelNotFound
+            It is not here.
+        ArchiveError
+            It is truncated or altered.
+        """
+        directory = self._archive_directory(digest)
+        if not directory.exists():
+            raise ModelNotFound(f"no archive {digest[:12]} in the registry {self.directory}: it was deleted, or is another's")
+        archive = Archive(directory)
+        if archive.description.digest != digest:
+            raise ArchiveError(f"{directory} holds another model than its name says. Publish the model again.")
+        return archive
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        found = (self.directory / "names").glob("*.json")
+        return sorted(unquote(path.stem) for path in found if not path.name.startswith("."))
+
+    def versions(self) -> list[Version]:
+        """All versions of all names."""
+        return [version for name in self.names() for version in self._versions(name)]
+
+    def remove(self, name: str) -> list[str]:
+        """Forget a name (or one version, "bert@2"); returns the digests that no name has any more."""
+        base, _, number = name.partition("@")
+        gone = self.resolve(name)
+        with self._lock():
+            versions = self._versions(base)
+            kept = [version for version in versions if number and version.version != gone.version]
+            self._write_versions(base, kept)
+            used = {version.digest for version in self.versions()}
+            orphans = sorted({version.digest for version in versions} - used)
+            for digest in orphans:
+                # Renamed first: a reader finds the archive whole or not at all. Mappings of it stay valid.
+                with self._temporary() as temporary, _missing_is_fine():
+                    os.rename(self._archive_directory(digest), temporary / "deleted")
+        return orphans
+
+    def trust(self, archive: Archive) -> None:
+        """Remember that this very archive may be opened; no field inside an archive can vouch for it."""
+        private_directory(self.directory)
+        (self.directory / "seals").mkdir(exist_ok=True)
+        (self.directory / "seals" / archive.seal).touch()
+
+    def open_trusted(self, directory: Path) -> Archive:
+        """Open an archive outside the registry, compare all its contents, and check that we know its seal.
+
+        Raises
+        ------
+        UntrustedArchive
+            This user has not written it.
+        ArchiveError
+            It is truncated or altered.
+        """
+        archive = Archive(directory)
+        if not (self.directory / "seals" / archive.seal).exists():
+            raise UntrustedArchive(
+                f"{directory} was not written by this user's zcinfer. Its skeleton is a pickle: opening it runs "
+                "code from it. If you trust where it comes from, put it again with trust=True (--trust)."
+            )
+        archive.verify()
+        return archive
+
+    def _archive_directory(self, digest: str) -> Path:
+        return self.directory / "archives" / digest
+
+    def _install(self, archive: Archive, digest: str) -> None:
+        self.trust(archive)
+        target = self._archive_directory(digest)
+        if not self._is_complete(digest):
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.rename(archive.directory, target)
+
+    def _is_complete(self, digest: str) -> bool:
+        try:
+            self.archive(digest)
+        except (ModelNotFound, ArchiveError):
+            return False
+        return True
+
+    def _names_file(self, name: str) -> Path:
+        return self.directory / "names" / f"{quote(name, safe='')}.json"
+
+    def _versions(self, name: str) -> list[Version]:
+        try:
+            return [Version(**value) for value in json.loads(self._names_file(name).read_bytes())]
+        except FileNotFoundError:
+            return []
+
+    def _write_versions(self, name: str, versions: list[Version]) -> None:
+        path = self._names_file(name)
+        path.parent.mkdir(exist_ok=True)
+        if versions:
+            write_file(path, json.dumps([asdict(version) for version in versions], indent=1).encode())
+        else:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        private_directory(self.directory)
+        with open(self.directory / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A directory on the registry's file system, gone afterwards; those of dead processes go too."""
+        private_directory(self.directory)
+        prefix = f".tmp-{socket.gethostname()}-"
+        for left in self.directory.glob(f"{prefix}*"):
+            pid = left.name.removeprefix(prefix).partition("-")[0]
+            if not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=self.directory) as temporary:
+            yield Path(temporary)
+
+
+def check_name(name: str) -> None:
+    """Refuse names that could not be told from versions, or typed."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{name!r} cannot be a model's name: use letters, digits and . _ - / , beginning with a letter or digit"
+        )
+
+
+@contextmanager
+def _missing_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,145 @@
+"""Memory that many processes read and none can change for the others.
+
+A mapping here is either a private one (copy-on-write: a write goes to a page of this process's own) of a file or of
+a Plasma object, or, where a Plasma object cannot be mapped a second time, Plasma's own pages made read-only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .description import Bytes
+
+_PAGE = mmap.PAGESIZE
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class PrivateMapping(mmap.mmap):
+    """A copy-on-write mapping that keeps the ``owner`` of the mapped pages alive as long as any view of it."""
+
+    owner: Any = None
+
+
+def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> Bytes:
+    """Map bytes of a file copy-on-write.
+
+    Parameters
+    ----------
+    path : path
+    offset, nbytes : int
+        Where the bytes lie in the file; ``offset`` need not be a multiple of the page size.
+    owner : object, optional
+        Kept alive as long as the returned array, or any view or tensor made from it.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, writable; writes are seen by nobody else and never reach the file.
+    """
+    if nbytes == 0:
+        return np.empty(0, np.uint8)
+    start = offset // _PAGE * _PAGE
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        mapping = PrivateMapping(
+            descriptor,
+            offset - start + nbytes,
+            flags=mmap.MAP_PRIVATE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=start,
+        )
+    finally:
+        os.close(descriptor)
+    mapping.owner = owner
+    return np.frombuffer(mapping, np.uint8, nbytes, offset - start)
+
+
+def map_plasma(array: Bytes) -> tuple[Bytes, str]:
+    """Map the pages behind an array from Ray's store so that writes stay in this process.
+
+    Parameters
+    ----------
+    array : numpy.ndarray
+        uint8, a slice of what ``ray.get`` returned, which is a view of pages that Plasma mapped read-write into
+        every reader. Only whole pages can be protected: the object must begin a page before the slice, and
+        the slice's last page must hold nothing of value.
+
+    Returns
+    -------
+    buffer : numpy.ndarray
+        uint8, the same bytes.
+    protection : str
+        "copy-on-write"; or "read-only", where the raylet's open file is out of reach (another user or process
+        namespace): a write to it then ends this process.
+    """
+    address = array.ctypes.data
+    area = _area_of(address)
+    if area is not None:
+        start, file_offset, device, inode = area
+        source = _open_file_of_raylet(device, inode)
+        if source is not None:
+            return map_file(source, file_offset + address - start, array.nbytes, owner=array), "copy-on-write"
+    return _read_only(array), "read-only"
+
+
+def _area_of(address: int) -> tuple[int, int, int, int] | None:
+    """Start, file offset, device and inode of the mapping that ``address`` lies in."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            span, _, offset, device, inode = line.split(maxsplit=5)[:5]
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= address < end:
+                major, minor = (int(part, 16) for part in device.split(":"))
+                return start, int(offset, 16), os.makedev(major, minor), int(inode)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _open_file_of_raylet(device: int, inode: int) -> str | None:
+    """Path under /proc of the arena's file, unlinked long ago but still open in the raylet."""
+    for process in _raylets():
+        try:
+            for descriptor in os.listdir(f"{process}/fd"):
+                path = f"{process}/fd/{descriptor}"
+                try:
+                    status = os.stat(path)
+                except OSError:
+                    continue  # closed since it was listed
+                # st_dev of a tmpfs is what maps shows; on overlay file systems only the inode agrees.
+                if status.st_ino == inode and status.st_dev == device and os.access(path, os.R_OK):
+                    return path
+        except OSError:
+            continue  # another user's, or gone
+    return None
+
+
+def _raylets() -> Iterator[str]:
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "comm").read_text() == "raylet\n":
+                yield str(process)
+        except OSError:
+            continue
+
+
+def _read_only(array: Bytes) -> Bytes:
+    """Make the pages of ``array`` read-only until it is released, since Plasma then reuses them."""
+    start = array.ctypes.data // _PAGE * _PAGE
+    end = (array.ctypes.data + array.nbytes) // _PAGE * _PAGE
+    _protect(start, end - start, mmap.PROT_READ)
+    weakref.finalize(array, _protect, start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
+    return array.view()
+
+
+def _protect(address: int, nbytes: int, protection: int) -> None:
+    if _LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), protection) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")

@@ -1,0 +1,130 @@
+"""Stores: caches over the registry, from which workers take models without copying them.
+
+A store's URL says all that another process needs: ``file:DIRECTORY`` (memory-mapped archives of the registry in that
+directory) or ``ray:HOST:PORT?registry=DIRECTORY`` (that Ray's shared memory, filled from that registry). Ray's store is in
+`ray_store`; both fulfil one contract test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+from .description import Bytes, Description
+from .registry import Registry
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """One version of one model: small, hashable, picklable. Graphs carry this and never weights.
+
+    Attributes
+    ----------
+    name : str
+    version : int
+    digest : str
+        SHA-256 of the model's canonical form; equal content has equal digests.
+    nbytes : int
+        Bytes of weights.
+    store : str
+        URL of the store it can be had from. Not part of its identity.
+
+    Examples
+    --------
+    >>> str(ModelRef("bert", 2, "ab" * 32, 437_951_328, "file:/models"))
+    'bert@2'
+    """
+
+    name: str
+    version: int
+    digest: str
+    nbytes: int = field(compare=False)
+    store: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return ("zcinfer.ModelRef", self.digest)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A model as it comes from a store, ready to be joined.
+
+    Attributes
+    ----------
+    description : Description
+    skeleton : bytes
+    buffer : numpy.ndarray
+        uint8, writable; nobody else sees what is written to it.
+    protection : str
+        "copy-on-write" or "read-only" (a write ends this process).
+    seconds : dict of str to float
+        Seconds of each phase: "fetch" (get hold of it), "map".
+    """
+
+    description: Description
+    skeleton: bytes
+    buffer: Bytes
+    protection: str
+    seconds: dict[str, float]
+
+
+class Store(Protocol):
+    """What every store does."""
+
+    registry: Registry
+
+    @property
+    def url(self) -> str:
+        """URL by which any process can open this store."""
+
+    def fetch(self, digest: str) -> Fetched:
+        """Get a model; from the registry, through the cache."""
+
+    def publish(self, digest: str) -> None:
+        """Have a model ready in the cache; raises `StoreFull` if it does not fit."""
+
+    def forget(self, digest: str) -> None:
+        """Drop a model from the cache. Who has it mapped keeps it."""
+
+    def close(self) -> None:
+        """Let go of what this process holds of the store."""
+
+
+class FileStore:
+    """Memory-mapped archives: the page cache is the shared memory. Needs no service.
+
+    Parameters
+    ----------
+    directory : path
+        The registry's.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.registry = Registry(directory)
+
+    @property
+    def url(self) -> str:
+        return f"file:{self.registry.directory}"
+
+    def fetch(self, digest: str) -> Fetched:
+        begin = perf_counter()
+        archive = self.registry.archive(digest)
+        skeleton = archive.skeleton()
+        fetched = perf_counter()
+        buffer = archive.weights()
+        seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
+        return Fetched(archive.description, skeleton, buffer, "copy-on-write", seconds)
+
+    def publish(self, digest: str) -> None:
+        self.registry.archive(digest)
+
+    def forget(self, digest: str) -> None:
+        pass  # the registry's file was all there was
+
+    def close(self) -> None:
+        pass
