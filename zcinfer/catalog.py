@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 
 from . import config
 from .archive import Archive
+from .description import Description
 from .errors import ModelNotFound, SettingsError, ZcinferError
 from .loading import drop_store, keep_store, load_ref, open_store, residents
 from .parts import join, split
@@ -168,6 +170,20 @@ def ready(model: str | ModelRef) -> ModelRef:
     ref = replace(resolve(model), store=store.url)
     store.publish(ref.digest)
     return ref
+
+
+@lru_cache(maxsize=64)
+def _read(directory: Path, digest: str) -> tuple[Description, bytes]:
+    archive = Registry(directory).archive(digest)
+    return archive.description, archive.skeleton()
+
+
+def describe(ref: ModelRef) -> tuple[Description, bytes]:
+    """Description and skeleton of a model, without its weights."""
+    if _in_dask_worker():
+        fetched = open_store(ref.store).fetch(ref.digest)
+        return fetched.description, fetched.skeleton
+    return _read(_registry().directory, ref.digest)
 
 
 def load(model: str | ModelRef, device: str | torch.device | None = None) -> torch.nn.Module:

@@ -102,10 +102,10 @@ def split(model: torch.nn.Module) -> Parts:
         raise SplitError(_blame(model, error)) from error
     skeleton = file.getvalue()
 
-    sources = [_storage_bytes(storage) for storage in taken.storages]
+    sources = [storage_bytes(storage) for storage in taken.storages]
     digests = sha256_each(sources)
     by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
-    canonical = Canonical(lambda storage: by_key.get(storage_key(storage)) or sha256_each([_storage_bytes(storage)])[0])
+    canonical = Canonical(lambda storage: by_key.get(storage_key(storage)) or sha256_each([storage_bytes(storage)])[0])
     try:
         canonical.add(model)
     except Exception as error:
@@ -315,7 +315,8 @@ def _view(buffer: Any, description: Description) -> tuple[list[torch.Tensor], li
     return tensors, storages
 
 
-def _storage_bytes(storage: torch.UntypedStorage) -> Bytes:
+def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
+    """Bytes of a storage: a view of them where it is on the CPU."""
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     array: Bytes = flat.cpu().numpy()
     return array

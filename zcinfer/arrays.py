@@ -1,0 +1,161 @@
+"""``predict``: a model applied to arrays, as one layer of a Dask graph. Not for files (`jobs`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .predictor import Output, Predictor, rows_of
+from .store import ModelRef
+
+
+def predict(
+    model: str | ModelRef | Predictor,
+    *arrays: Any,
+    batch_size: int | str = "auto",
+    output: Output = None,
+    method: str = "forward",
+    training: str = "refuse",
+    device: str | None = None,
+    **inputs: Any,
+) -> Any:
+    """Apply a model to arrays, row by row along axis 0.
+
+    Parameters
+    ----------
+    model : str, ModelRef or Predictor
+        A name is resolved now, to one version. (A `Predictor` brings its own settings.)
+    *arrays : numpy.ndarray or dask.array.Array
+        ``(rows, ...)`` each; passed to the model by position.
+    batch_size : int or "auto"
+        Rows that one forward gets. "auto": a power of two between 8 and 1,024, by the bytes of a row. Batches begin at
+        each block's first row, so that a chunking and a batch size determine the result to the last bit.
+    output : str, int or callable, optional
+        Which output: a key or attribute, a position, or ``f(output, inputs) -> tensor``. Default: the only tensor.
+    method : str
+        Method of the model to call.
+    training : {"refuse", "eval", "keep"}
+        What to do with a model that has submodules in train mode.
+    device : str, optional
+        Default: "cuda" where there is one, else "cpu".
+    **inputs : numpy.ndarray or dask.array.Array, or anything else
+        Arrays are passed to the model by keyword, row by row; other values as they are.
+
+    Returns
+    -------
+    numpy.ndarray or dask.array.Array
+        ``(rows, ...)``: computed at once in this process if all inputs are NumPy arrays; lazy, in the row chunks of the
+        first input, if any is a dask array.
+
+    Raises
+    ------
+    ModelNotFound, TrainingModeError
+    InputError
+        The model refuses such rows (found and expected are named), or lengths differ.
+    OutputError
+        There are several outputs and none was chosen, or the output has no rows.
+    BlockError
+        While computing: names the block, its rows and the model's version.
+
+    Notes
+    -----
+    The rule for dtypes is in `zcinfer.predictor`.
+
+    Examples
+    --------
+    >>> import dask.array as da, torch, zcinfer as zc
+    >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(4, 2).eval(), "doc-predict")
+    >>> predict("doc-predict", da.ones((1000, 4), chunks=(250, 4)))
+    dask.array<predict, shape=(1000, 2), dtype=float32, chunksize=(250, 2), chunktype=numpy.ndarray>
+    """
+    named = {name: value for name, value in inputs.items() if _is_array(value)}
+    constants = {name: value for name, value in inputs.items() if name not in named}
+    every = [*arrays, *named.values()]
+    if not every:
+        raise InputError("no input given: pass one array or more, with rows along axis 0")
+    for number, array in enumerate(every):
+        if not _is_array(array):
+            raise InputError(
+                f"input {number} is a {type(array).__name__}: give a NumPy or dask array, for example np.asarray(x)"
+            )
+    if isinstance(model, Predictor):
+        predictor = model
+    else:
+        predictor = Predictor(
+            model, batch_size=batch_size, output=output, method=method, training=training, device=device, **constants
+        )
+    predictor.keywords = tuple(named)
+    if all(isinstance(array, np.ndarray) for array in every):
+        return predictor.run_block(every, "the rows given")
+    return _lazy(predictor, every)
+
+
+def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
+    import dask.array as da
+    from dask.layers import ArrayValuesDep
+
+    row_chunks = next(array.chunks[0] for array in inputs if isinstance(array, da.Array))
+    arrays = []
+    for array in inputs:
+        if not isinstance(array, da.Array):
+            array = da.from_array(array, chunks=(min(row_chunks[0], max(len(array), 1)), *array.shape[1:]))
+        arrays.append(_rechunk(array, row_chunks))
+    specs = [rows_of(array) for array in arrays]
+    bound = predictor.bind(specs, lambda: [np.asarray(array[:2]) for array in arrays])
+    assert bound.binding is not None
+    result = bound.binding.output
+
+    starts = np.cumsum([0, *row_chunks])[:-1].tolist()
+    where = ArrayValuesDep((row_chunks,), {(i,): (i, None if start != start else int(start)) for i, start in enumerate(starts)})
+    # Axis 0 is the rows of all; every other axis is one chunk and belongs to one array alone.
+    axes = iter(range(1, 1000))
+    pairs: list[Any] = [where, (0,)]
+    for array in arrays:
+        pairs += [array, (0, *(next(axes) for _ in array.shape[1:]))]
+    new = {next(axes): length for length in result.shape}
+    return da.blockwise(
+        partial(_run_block, bound),
+        (0, *new),
+        *pairs,
+        new_axes=new,
+        dtype=result.dtype,
+        meta=np.empty((0,) * (1 + len(result.shape)), result.dtype),
+        concatenate=True,
+        align_arrays=False,
+        name="predict-" + _token(bound, arrays),
+    )
+
+
+def _run_block(predictor: Predictor, where: tuple[int, int | None], *blocks: Any) -> Any:
+    number, first_row = where
+    return predictor.run_block(blocks, f"block {number}", first_row)
+
+
+def _rechunk(array: Any, row_chunks: tuple[Any, ...]) -> Any:
+    """The array in the given row chunks, with every other axis in one chunk."""
+    lengths, expected = sum(array.chunks[0]), sum(row_chunks)
+    if lengths == lengths and expected == expected and lengths != expected:
+        raise InputError(f"the inputs have different numbers of rows: {lengths:,} and {expected:,}")
+    known = all(length == length for length in (*array.chunks[0], *row_chunks))
+    if not known and len(array.chunks[0]) != len(row_chunks):
+        raise InputError(
+            "the inputs have unknown and different row chunks: call compute_chunk_sizes() on them, or rechunk them alike"
+        )
+    chunks: dict[int, Any] = {axis: -1 for axis in range(1, array.ndim) if len(array.chunks[axis]) > 1}
+    if known and array.chunks[0] != row_chunks:
+        chunks[0] = row_chunks
+    return array.rechunk(chunks) if chunks else array
+
+
+def _token(predictor: Predictor, arrays: Sequence[Any]) -> str:
+    from dask.base import tokenize
+
+    return str(tokenize(predictor, *(array.name for array in arrays)))
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or type(value).__module__.startswith("dask.array")

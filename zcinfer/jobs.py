@@ -1,0 +1,390 @@
+"""The batch job: a lazy array written to zarr block by block, restartable. The output is the checkpoint.
+
+While a job runs its output lies in ``TARGET.partial``, a zarr array of whole chunks with, in ``.zcinfer`` inside it, a
+manifest (what is computed: inputs, model digest, settings) and a mark per finished block. The last step renames it
+to ``TARGET``: what has that name is complete. (Marks and not chunk files say what is done: zarr leaves out chunks
+that hold nothing but the fill value.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import zarr
+from dask.callbacks import Callback
+
+from .archive import write_file
+from .arrays import predict
+from .config import local_directory
+from .errors import BlockError, InputError, OutputError, ZcinferError
+from .predictor import Output, Predictor
+from .progress import Progress
+from .store import ModelRef
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did.
+
+    Attributes
+    ----------
+    target : str
+        Path of the zarr array.
+    shape : tuple of int
+    rows, blocks : int
+        In all.
+    computed : int
+        Blocks computed by this run; the others were there.
+    seconds : float
+        Of this run.
+    """
+
+    target: str
+    shape: tuple[int, ...]
+    rows: int
+    blocks: int
+    computed: int
+    seconds: float
+
+
+def run(
+    model: str | ModelRef,
+    source: Any,
+    target: str | Path,
+    *,
+    resume: bool = True,
+    batch_size: int | str = "auto",
+    output: Output = None,
+    method: str = "forward",
+    training: str = "refuse",
+    device: str | None = None,
+    block_rows: int | None = None,
+    progress: bool = True,
+    **constants: Any,
+) -> Report:
+    """Apply a model to zarr arrays on disk and write the result to a new zarr array, restartable.
+
+    Runs on the current Dask client's cluster, or in this process where there is none.
+
+    Parameters
+    ----------
+    model : str or ModelRef
+    source : str, path, zarr.Array or dask.array.Array; or a dict of them by input name
+        ``(rows, ...)`` each.
+    target : path
+        Zarr array to be written (format 3). Its chunks are whole blocks.
+    resume : bool
+        True: do what an interrupted run of the same job left; nothing if it is complete. False: throw away what
+        a run of ours has left there, and start over.
+    block_rows : int, optional
+        Rows of a block; default: those of the first input's chunks.
+    progress : bool
+        Show progress on standard error.
+    batch_size, output, method, training, device, **constants
+        As for `predict`.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    InputError
+        A source is no zarr array, or the model refuses its rows.
+    OutputError
+        The target exists and is not ours, or is another job's.
+    BlockError
+        A block failed. What was finished is kept; the same call goes on from there.
+
+    Examples
+    --------
+    >>> import tempfile, torch, zcinfer as zc
+    >>> folder = tempfile.mkdtemp()
+    >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(4, 2).eval(), "doc-run")
+    >>> x = zarr.create_array(f"{folder}/in.zarr", shape=(100, 4), chunks=(25, 4), dtype="f4")
+    >>> report = run("doc-run", f"{folder}/in.zarr", f"{folder}/out.zarr", progress=False)
+    >>> report.shape, report.blocks, run("doc-run", f"{folder}/in.zarr", f"{folder}/out.zarr").computed
+    ((100, 2), 4, 0)
+    """
+    place = _Target(target)
+    named = isinstance(source, Mapping)
+    opened = {str(name): _open(value, str(name)) for name, value in (source.items() if named else [("input", source)])}
+    rows = block_rows or max(next(iter(opened.values())).chunks[0])
+    arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
+    predictor = Predictor(
+        model, batch_size=batch_size, output=output, method=method, training=training, device=device, **constants
+    )
+    result = predict(predictor, **arrays) if named else predict(predictor, arrays["input"])
+    identity = {
+        "model": str(predictor.ref),
+        "digest": predictor.ref.digest,
+        "settings": predictor.fingerprint(),
+        "inputs": {name: _stamp(value) for name, value in (source.items() if named else [("input", source)])},
+    }
+    return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
+
+
+def write(
+    array: da.Array,
+    target: str | Path | _Target,
+    identity: dict[str, Any],
+    *,
+    resume: bool = True,
+    label: str = "writing",
+    progress: bool = True,
+) -> Report:
+    """Compute a lazy array block by block into a zarr array that appears, complete, under the name ``target``.
+
+    Parameters
+    ----------
+    array : dask.array.Array
+        ``(rows, ...)``; row chunks of one length (the last may be short), other axes in one chunk.
+    target : path
+    identity : dict
+        What is computed, in JSON types; a restart goes on only with the same.
+    resume, progress
+        As for `run`.
+    label : str
+        What to call the job.
+
+    Returns
+    -------
+    Report
+    """
+    begin = perf_counter()
+    place = target if isinstance(target, _Target) else _Target(target)
+    lengths = array.chunks[0]
+    if any(length != lengths[0] for length in lengths[:-1]) or lengths[-1] > lengths[0]:
+        raise OutputError(f"the row chunks {lengths[:4]}... have different lengths: rechunk the input, x.rechunk({{0: n}})")
+    manifest = {
+        "format": FORMAT,
+        "identity": identity,
+        "shape": list(array.shape),
+        "dtype": array.dtype.str,
+        "block_rows": lengths[0],
+    }
+
+    def report(computed: int) -> Report:
+        shape = tuple(array.shape)
+        return Report(str(place.path), shape, shape[0], len(lengths), computed, perf_counter() - begin)
+
+    with place.claim(manifest, resume) as complete:
+        if complete:
+            return report(0)
+        done = place.prepare(manifest)
+        missing = [number for number in range(len(lengths)) if number not in done]
+        rows_done = sum(lengths[number] for number in done)
+        with Progress(label, array.shape[0], rows_done, quiet=not progress) as bar:
+            if missing:
+                written = array.map_blocks(
+                    _write_block,
+                    str(place.partial),
+                    place.token(),
+                    lengths[0],
+                    dtype=np.int64,
+                    chunks=((1,) * len(lengths),),
+                    drop_axis=list(range(1, array.ndim)),
+                    meta=np.empty(0, np.int64),
+                    name="write-" + place.token(),
+                )
+                for number in _compute(written.blocks[missing]):
+                    bar.add(lengths[missing[number]])
+        place.finish()
+        return report(len(missing))
+
+
+class _Target:
+    """The place of a job's output, and what lies there."""
+
+    def __init__(self, path: str | Path):
+        self.path = local_directory(str(path), "the target")
+        self.partial = self.path.with_name(self.path.name + ".partial")
+
+    @contextmanager
+    def claim(self, manifest: dict[str, Any], resume: bool) -> Iterator[bool]:
+        """Hold the target for this run; yields whether it is complete already."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target") from None
+            try:
+                yield self._check(manifest, resume)
+            finally:
+                lock.unlink(missing_ok=True)
+
+    def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
+        for place in (self.path, self.partial):
+            if not place.exists():
+                continue
+            found = _manifest_of(place)
+            if found is None:
+                raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
+            if not resume:
+                shutil.rmtree(place)
+            elif found != manifest:
+                differs = ", ".join(_differences(found, manifest))
+                raise OutputError(
+                    f"{place} is the output of another job (it differs in {differs}): choose another target, or start "
+                    "over with resume=False (--start-over)"
+                )
+        return self.path.exists()
+
+    def prepare(self, manifest: dict[str, Any]) -> set[int]:
+        """Create the output unless an earlier run has; numbers of the blocks that are done."""
+        marks = self.partial / ".zcinfer" / "done"
+        if _manifest_of(self.partial) is None:
+            zarr.create_array(
+                str(self.partial),
+                shape=tuple(manifest["shape"]),
+                chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
+                dtype=manifest["dtype"],
+                attributes={"zcinfer": manifest["identity"]},
+            )
+            marks.mkdir(parents=True)
+            # Last: with it the directory is a job that can be resumed.
+            write_file(self.partial / ".zcinfer" / "manifest.json", json.dumps(manifest, indent=1).encode())
+        return {int(mark.name) for mark in marks.iterdir()}
+
+    def token(self) -> str:
+        """Names this very output: another one under the same path has another token."""
+        status = os.stat(self.partial / ".zcinfer" / "manifest.json")
+        return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
+
+    def finish(self) -> None:
+        """Give the complete output its name."""
+        for left in self.partial.rglob("*.partial"):
+            left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
+        shutil.rmtree(self.partial / ".zcinfer" / "done")
+        os.rename(self.partial, self.path)
+
+
+def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
+    number = block_id[0]
+    try:
+        _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
+        (Path(path) / ".zcinfer" / "done" / str(number)).touch()
+    except OSError as error:
+        raise BlockError(f"block {number} could not be written to {path}: {error}. Free space or rights, and run again.") from error
+    return np.full(1, len(block))
+
+
+@lru_cache(maxsize=8)
+def _open_target(path: str, token: str) -> Any:
+    return zarr.open_array(path, mode="r+")
+
+
+def _compute(written: da.Array) -> Iterator[int]:
+    """Compute the one-element blocks of an array, yielding their numbers as they finish."""
+    client = _client()
+    try:
+        if client is None:
+            yield from _compute_here(written)
+        else:
+            yield from _compute_on(client, written)
+    except (ZcinferError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except Exception as error:
+        raise BlockError(
+            f"the job stopped: {type(error).__name__}: {error}. What is finished is kept; the same call goes on from there."
+        ) from error
+
+
+def _compute_on(client: Any, written: da.Array) -> Iterator[int]:
+    from distributed import as_completed, futures_of
+
+    persisted = client.persist(written)
+    futures = futures_of(persisted)
+    try:
+        for future, _ in as_completed(futures, with_results=True):
+            yield future.key[1]
+    finally:
+        # After an error or Ctrl-C the others need not be computed.
+        client.cancel(futures)
+
+
+def _compute_here(written: da.Array) -> Iterator[int]:
+    # One block after the other; torch uses all cores for each.
+    for number in range(written.numblocks[0]):
+        written.blocks[number].compute(scheduler="sync")
+        yield number
+
+
+def _client() -> Any:
+    from distributed import default_client
+
+    try:
+        return default_client()
+    except ValueError:
+        return None
+
+
+def _open(source: Any, name: str) -> da.Array:
+    if isinstance(source, da.Array):
+        return source
+    if isinstance(source, zarr.Array):
+        return da.from_zarr(source)
+    if not isinstance(source, str | Path):
+        raise InputError(f"{name} is a {type(source).__name__}: give the path or URL of a zarr array, or a dask array")
+    try:
+        found = zarr.open(str(source), mode="r")
+    except Exception as error:
+        raise InputError(f"{name}: there is no zarr array at {source} ({_first_line(error)})") from error
+    if isinstance(found, zarr.Group):
+        inside = ", ".join(f"{source}/{key}" for key, _ in list(found.arrays())[:5]) or "it has no arrays"
+        raise InputError(f"{name}: {source} is a zarr group; give one of its arrays: {inside}")
+    if found.ndim == 0:
+        raise InputError(f"{name}: {source} is a single number: the rows are along axis 0")
+    return da.from_zarr(found)
+
+
+def _stamp(source: Any) -> dict[str, Any]:
+    """What tells this input from another, in JSON types."""
+    if isinstance(source, da.Array):
+        return {"dask": source.name}
+    if isinstance(source, zarr.Array):
+        return {"url": str(source.store_path), "shape": list(source.shape), "dtype": str(source.dtype)}
+    array = _open(source, "input")
+    stamp: dict[str, Any] = {"url": str(source), "shape": list(array.shape), "dtype": str(array.dtype)}
+    for name in ("zarr.json", ".zarray"):
+        metadata = Path(source) / name
+        if metadata.exists():
+            stamp |= {"url": str(metadata.parent.absolute()), "modified": metadata.stat().st_mtime_ns}
+    return stamp
+
+
+def _manifest_of(place: Path) -> dict[str, Any] | None:
+    try:
+        manifest: dict[str, Any] = json.loads((place / ".zcinfer" / "manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest
+
+
+def _differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted({*found, *expected}):
+            yield from _differences(found.get(key), expected.get(key), key)
+    elif found != expected:
+        yield path
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

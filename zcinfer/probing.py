@@ -1,0 +1,80 @@
+"""Running a model without weights, to learn what it takes and gives; and saying where in it an error arose.
+
+Not for real rows. Torch's fake tensors check shapes but not every dtype, so the strict operators are checked here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .description import Description
+from .parts import join_fake
+
+# Operators whose tensors must all be floating or all be integers; others promote, or take integers as indices.
+_STRICT = (
+    "mm addmm bmm baddbmm addbmm mv addmv dot linear convolution _convolution native_batch_norm "
+    "_native_batch_norm_legit _native_batch_norm_legit_no_training native_layer_norm native_group_norm "
+    "mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math"
+).split()
+
+# What a layer says of its input, by the attribute that says it.
+_EXPECTS = ("in_features", "in_channels", "input_size", "normalized_shape", "num_features", "num_embeddings", "embed_dim")
+
+
+class _DtypeCheck(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if name in _STRICT:
+            dtypes = {tensor.dtype for tensor in tensors if tensor.dtype != torch.bool}
+            if len({dtype.is_floating_point or dtype.is_complex for dtype in dtypes}) > 1:
+                raise TypeError(f"{name} of tensors of {' and '.join(sorted(map(str, dtypes)))}")
+        elif name == "embedding" and tensors[1].dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"embedding with indices of {tensors[1].dtype}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def weightless(skeleton: bytes, description: Description) -> Iterator[torch.nn.Module]:
+    """A throw-away module over fake tensors; tensors made inside are fake too.
+
+    Yields
+    ------
+    torch.nn.Module
+        Fake runs leave fake tensors in caches: it must not be used afterwards.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints a traceback for what we handle
+    with ExitStack() as stack:
+        disabled, logger.disabled = logger.disabled, True
+        stack.callback(setattr, logger, "disabled", disabled)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.no_grad())
+        model = join_fake(skeleton, description)
+        stack.enter_context(_DtypeCheck())
+        yield model
+
+
+def explain(error: BaseException) -> str:
+    """The error in a line, with the layer it arose in and what that layer expects."""
+    text = f"{type(error).__name__}: {error}".strip().rstrip(".")
+    modules = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            modules.append(owner)
+        traceback = traceback.tb_next
+    if not modules:
+        return text
+    layer = modules[-1]
+    name = next((name for name, module in modules[0].named_modules() if module is layer), "")
+    expects = [f"{attribute}={getattr(layer, attribute)}" for attribute in _EXPECTS if hasattr(layer, attribute)]
+    where = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
+    return f"{where} expects {', '.join(expects[:2])}, {text}" if expects else f"in {where}: {text}"

@@ -1,0 +1,72 @@
+"""A progress bar over rows for a person, one plain line at the end for a log. Not for machines (`--json`)."""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter
+from types import TracebackType
+from typing import IO
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Rows done of a fixed total, with rows/s and the time left.
+
+    Parameters
+    ----------
+    label : str
+    total : int
+        Rows in all.
+    done : int
+        Rows that an earlier run has done; they do not count for the rate.
+    quiet : bool
+        Print nothing.
+    file : file, optional
+        Default: standard error.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, quiet: bool = False, file: IO[str] | None = None):
+        self.label, self.total, self.done = label, total, done
+        self._file = file or sys.stderr
+        self._quiet = quiet
+        self._new = 0
+        self._begin = perf_counter()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            unit=" rows",
+            unit_scale=False,
+            smoothing=0.05,
+            dynamic_ncols=True,
+            disable=quiet or not self._file.isatty(),
+            file=self._file,
+            bar_format="{desc}: {percentage:3.0f} % |{bar}| {n:,}/{total:,} rows, {rate_fmt}, {remaining} left",
+        )
+
+    def add(self, rows: int) -> None:
+        """Count ``rows`` more as done."""
+        self.done += rows
+        self._new += rows
+        self._bar.update(rows)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return perf_counter() - self._begin
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        seconds = self.seconds
+        self._bar.close()
+        if not self._quiet and not self._file.isatty():
+            rate = self._new / seconds if seconds > 0 else 0.0
+            state = "done" if kind is None else "stopped"
+            print(
+                f"{self.label}: {state}, {self.done:,} of {self.total:,} rows in {seconds:.1f} s, {rate:,.0f} rows/s",
+                file=self._file,
+                flush=True,
+            )
