@@ -133,10 +133,10 @@ def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: 
         path = Path(model)
         if not path.is_dir():
             raise ModelNotFound(f"no archive at {path}: pass a module, or the directory of an archive that save wrote")
-        archive = Archive(path) if trust else registry.open_trusted(path)
-        archive.verify()
+        opened = Archive(path) if trust else registry.open_trusted(path)
+        opened.verify()
         name = name or path.name
-        model = join(archive.skeleton(), archive.description, archive.weights())
+        model = join(opened.skeleton(), opened.description, opened.weights())
     parts = split(model)
     name = name or type(model).__name__.lower()
     version = registry.add(parts, name)
@@ -172,10 +172,15 @@ def ready(model: str | ModelRef) -> ModelRef:
     return ref
 
 
+def archive(ref: ModelRef) -> Archive:
+    """The archive of a model in the registry."""
+    return _registry().archive(ref.digest)
+
+
 @lru_cache(maxsize=64)
 def _read(directory: Path, digest: str) -> tuple[Description, bytes]:
-    archive = Registry(directory).archive(digest)
-    return archive.description, archive.skeleton()
+    found = Registry(directory).archive(digest)
+    return found.description, found.skeleton()
 
 
 def describe(ref: ModelRef) -> tuple[Description, bytes]:
@@ -244,8 +249,8 @@ def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:
     """
     registry = _registry()
     if not isinstance(model, torch.nn.Module):
-        archive = registry.archive(resolve(model).digest)
-        model = join(archive.skeleton(), archive.description, archive.weights())
+        opened = registry.archive(resolve(model).digest)
+        model = join(opened.skeleton(), opened.description, opened.weights())
     return registry.save(split(model), Path(path).expanduser().absolute()).directory
 
 

@@ -20,11 +20,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
 import zarr
-from dask.callbacks import Callback
 
 from .archive import write_file
 from .arrays import predict
@@ -122,6 +120,7 @@ def run(
     ((100, 2), 4, 0)
     """
     place = _Target(target)
+    place.refuse_foreign()  # before anything is started
     named = isinstance(source, Mapping)
     opened = {str(name): _open(value, str(name)) for name, value in (source.items() if named else [("input", source)])}
     rows = block_rows or max(next(iter(opened.values())).chunks[0])
@@ -137,6 +136,11 @@ def run(
         "inputs": {name: _stamp(value) for name, value in (source.items() if named else [("input", source)])},
     }
     return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
+
+
+def check_target(target: str | Path) -> None:
+    """Refuse a target that exists and was not written by zcinfer, before anything is started."""
+    _Target(target).refuse_foreign()
 
 
 def write(
@@ -223,20 +227,29 @@ class _Target:
         with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run before may have removed the file between our opening and our locking it.
+                held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
             except OSError:
-                raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target") from None
+                held = False
+            if not held:
+                raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target")
             try:
                 yield self._check(manifest, resume)
             finally:
                 lock.unlink(missing_ok=True)
 
-    def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
+    def refuse_foreign(self) -> None:
+        """Refuse a target that exists and is not ours."""
         for place in (self.path, self.partial):
-            if not place.exists():
-                continue
+            if place.exists() and _manifest_of(place) is None:
+                raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
+
+    def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
+        self.refuse_foreign()
+        for place in (self.path, self.partial):
             found = _manifest_of(place)
             if found is None:
-                raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
+                continue
             if not resume:
                 shutil.rmtree(place)
             elif found != manifest:
@@ -249,19 +262,20 @@ class _Target:
 
     def prepare(self, manifest: dict[str, Any]) -> set[int]:
         """Create the output unless an earlier run has; numbers of the blocks that are done."""
-        marks = self.partial / ".zcinfer" / "done"
-        if _manifest_of(self.partial) is None:
+        if not self.partial.exists():
+            new = self.path.with_name(f".{self.path.name}.new")
+            shutil.rmtree(new, ignore_errors=True)
             zarr.create_array(
-                str(self.partial),
+                str(new),
                 shape=tuple(manifest["shape"]),
                 chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
                 dtype=manifest["dtype"],
                 attributes={"zcinfer": manifest["identity"]},
             )
-            marks.mkdir(parents=True)
-            # Last: with it the directory is a job that can be resumed.
-            write_file(self.partial / ".zcinfer" / "manifest.json", json.dumps(manifest, indent=1).encode())
-        return {int(mark.name) for mark in marks.iterdir()}
+            (new / ".zcinfer" / "done").mkdir(parents=True)
+            write_file(new / ".zcinfer" / "manifest.json", json.dumps(manifest, indent=1).encode())
+            os.rename(new, self.partial)
+        return {int(mark.name) for mark in (self.partial / ".zcinfer" / "done").iterdir()}
 
     def token(self) -> str:
         """Names this very output: another one under the same path has another token."""
@@ -272,8 +286,8 @@ class _Target:
         """Give the complete output its name."""
         for left in self.partial.rglob("*.partial"):
             left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
-        shutil.rmtree(self.partial / ".zcinfer" / "done")
         os.rename(self.partial, self.path)
+        shutil.rmtree(self.path / ".zcinfer" / "done")
 
 
 def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:

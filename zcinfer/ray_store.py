@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import numpy as np
 import ray
 from dask.utils import parse_bytes
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from . import config, keeper
 from .archive import MARGIN, Archive
@@ -39,20 +43,22 @@ class Holder:
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._objects: dict[str, tuple[Description, bytes, Any]] = {}
+        self._objects: dict[str, tuple[int, bytes, Any]] = {}
 
-    def ping(self) -> int:
-        """Process id of the holder."""
-        return os.getpid()
+    def probe(self) -> list[Any]:
+        """A small object in shared memory (in a list, so that Ray passes it on unread)."""
+        # Below 100 kB Ray would send the bytes themselves.
+        return [ray.put(np.zeros(1 << 17, np.uint8))]
 
-    def fetch(self, digest: str, registry: str) -> tuple[Description, bytes, list[Any]]:
-        """Description, skeleton and object (in a list, so that Ray passes it on unread) of one model."""
+    def fetch(self, digest: str, registry: str) -> tuple[bytes, list[Any]]:
+        """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread)."""
         if digest not in self._objects:
             archive = Registry(registry).archive(digest)
             self._make_room(archive)
-            self._objects[digest] = (archive.description, archive.skeleton(), ray.put(archive.padded_weights()))
-        description, skeleton, reference = self._objects[digest]
-        return description, skeleton, [reference]
+            head = pickle.dumps((archive.description, archive.skeleton()))
+            self._objects[digest] = (archive.description.nbytes, head, ray.put(archive.padded_weights()))
+        _, head, reference = self._objects[digest]
+        return head, [reference]
 
     def forget(self, digest: str) -> None:
         """Drop one model; its memory is free once the last reader has let go."""
@@ -60,7 +66,7 @@ class Holder:
 
     def usage(self) -> tuple[int, int, dict[str, int]]:
         """Capacity of the store, bytes held, and bytes by digest."""
-        held = {digest: description.nbytes for digest, (description, _, _) in self._objects.items()}
+        held = {digest: nbytes for digest, (nbytes, _, _) in self._objects.items()}
         return self._capacity, sum(held.values()), held
 
     def _make_room(self, archive: Archive) -> None:
@@ -108,6 +114,8 @@ class RayStore:
         self._own = own
         self._environment = environment or {}
         self._timeout = float(config.get("ray.timeout"))
+        self._heads: dict[str, tuple[Description, bytes]] = {}
+        self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
         begin = perf_counter()
         _probe(address, self._timeout)
         self._within(self._timeout, lambda: _connect(address, self._environment))
@@ -138,9 +146,15 @@ class RayStore:
 
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
-        description, skeleton, padded = self._within(self._patience(digest), lambda: self._get(digest))
+        # Content under one digest never changes: while some module of it lives, there is nothing to ask.
+        padded = self._mapped.get(digest)
+        if padded is None:
+            head, padded = self._within(self._patience(digest), lambda: self._get(digest))
+            self._heads[digest] = pickle.loads(head)
+            self._mapped[digest] = padded
+        description, skeleton = self._heads[digest]
         fetched = perf_counter()
-        buffer, protection = map_plasma(padded[MARGIN : MARGIN + description.nbytes])
+        buffer, protection = map_plasma(padded, MARGIN, description.nbytes)
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
         return Fetched(description, skeleton, buffer, protection, seconds)
 
@@ -165,9 +179,9 @@ class RayStore:
         if self._own is not None:
             self._own.stop()
 
-    def _get(self, digest: str) -> tuple[Description, bytes, Bytes]:
-        description, skeleton, (reference,) = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
-        return description, skeleton, ray.get(reference)
+    def _get(self, digest: str) -> tuple[bytes, Bytes]:
+        head, (reference,) = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
+        return head, ray.get(reference)
 
     def _patience(self, digest: str) -> float:
         """Seconds to wait for a model: the holder may have to read it from a slow disk and put it first."""
@@ -198,8 +212,8 @@ class RayStore:
 
 def _probe(address: str, timeout: float) -> None:
     """See that something listens before ray.init, which would try for minutes."""
-    parts = urlsplit(f"//{address}")
     try:
+        parts = urlsplit(f"//{address}")
         if not parts.hostname or not parts.port:
             raise ValueError("it must be HOST:PORT")
         socket.create_connection((parts.hostname, parts.port), timeout=timeout).close()
@@ -211,7 +225,11 @@ def _probe(address: str, timeout: float) -> None:
 
 
 def _connect(address: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+    if environment:
+        os.environ.update(environment)
+        # Ray reads these variables when it is imported, which a script may have done long ago.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
     # Ray's own start-up notes would land in the middle of a progress bar.
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
@@ -245,8 +263,10 @@ def _find_holder() -> Any:
         )
         .remote(capacity)
     )
-    # The first call opens the connection (80 ms); later ones take a millisecond.
-    ray.get(holder.ping.remote())
+    # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
+    # that the first load takes what later ones take.
+    (reference,) = ray.get(holder.probe.remote())
+    map_plasma(ray.get(reference), 0, 1)
     return holder
 
 

@@ -63,15 +63,17 @@ def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> B
     return np.frombuffer(mapping, np.uint8, nbytes, offset - start)
 
 
-def map_plasma(array: Bytes) -> tuple[Bytes, str]:
-    """Map the pages behind an array from Ray's store so that writes stay in this process.
+def map_plasma(array: Bytes, offset: int, nbytes: int) -> tuple[Bytes, str]:
+    """Map a part of an array from Ray's store so that writes stay in this process.
 
     Parameters
     ----------
     array : numpy.ndarray
-        uint8, a slice of what ``ray.get`` returned, which is a view of pages that Plasma mapped read-write into
-        every reader. Only whole pages can be protected: the object must begin a page before the slice, and
-        the slice's last page must hold nothing of value.
+        uint8, as ``ray.get`` returned it: a view of pages that Plasma mapped read-write into every reader. It is kept
+        alive as long as what is returned, or any view or tensor made from it.
+    offset, nbytes : int
+        The part. Only whole pages can be protected: there must be a page of the array in front of it, and its
+        last page must hold nothing of value.
 
     Returns
     -------
@@ -81,14 +83,14 @@ def map_plasma(array: Bytes) -> tuple[Bytes, str]:
         "copy-on-write"; or "read-only", where the raylet's open file is out of reach (another user or process
         namespace): a write to it then ends this process.
     """
-    address = array.ctypes.data
+    address = array.ctypes.data + offset
     area = _area_of(address)
     if area is not None:
         start, file_offset, device, inode = area
         source = _open_file_of_raylet(device, inode)
         if source is not None:
-            return map_file(source, file_offset + address - start, array.nbytes, owner=array), "copy-on-write"
-    return _read_only(array), "read-only"
+            return map_file(source, file_offset + address - start, nbytes, owner=array), "copy-on-write"
+    return _read_only(array, offset, nbytes), "read-only"
 
 
 def _area_of(address: int) -> tuple[int, int, int, int] | None:
@@ -131,13 +133,13 @@ def _raylets() -> Iterator[str]:
             continue
 
 
-def _read_only(array: Bytes) -> Bytes:
-    """Make the pages of ``array`` read-only until it is released, since Plasma then reuses them."""
-    start = array.ctypes.data // _PAGE * _PAGE
-    end = (array.ctypes.data + array.nbytes) // _PAGE * _PAGE
+def _read_only(array: Bytes, offset: int, nbytes: int) -> Bytes:
+    """Make pages of ``array`` read-only until it is released, since Plasma then reuses them."""
+    start = (array.ctypes.data + offset) // _PAGE * _PAGE
+    end = (array.ctypes.data + offset + nbytes) // _PAGE * _PAGE
     _protect(start, end - start, mmap.PROT_READ)
     weakref.finalize(array, _protect, start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
-    return array.view()
+    return array[offset : offset + nbytes]
 
 
 def _protect(address: int, nbytes: int, protection: int) -> None:

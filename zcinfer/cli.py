@@ -1,0 +1,327 @@
+"""The command line: the library's verbs, as ``zcinfer VERB`` and ``dask zcinfer VERB``.
+
+Imports click alone; torch, ray and the rest are imported by the commands that need them. Errors of zcinfer are
+printed as one message, without a traceback (``ZCINFER_DEBUG=1`` shows it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import SettingsError, ZcinferError
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        # As under `python -m`: models may be defined by modules in the current directory.
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            return super().invoke(ctx)
+        except ZcinferError as error:
+            if os.environ.get("ZCINFER_DEBUG"):
+                raise
+            click.secho(f"error: {error}", fg="red", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.secho("interrupted", err=True)
+            ctx.exit(130)
+
+
+_STORE = click.option("--store", help="'ray' (default), 'ray:HOST:PORT', 'file' or 'file:DIR'.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="zcinfer")
+def main() -> None:
+    """Run PyTorch models over big arrays.
+
+    Models are published once (put) and shared by all workers of a machine; arrays are zarr. A first session:
+
+    \b
+      zcinfer demo --quick                       see it work
+      zcinfer put mymodels:build --name bert     publish what build() in mymodels.py returns
+      zcinfer ls
+      zcinfer run bert in.zarr out.zarr          rows of in.zarr through the model, restartable
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.option("--name", help="Name to publish under. Default: the class's or the archive's.")
+@click.option("--trust", is_flag=True, help="Open an archive that you have not written: this runs code from it.")
+@_JSON
+def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
+    """Publish MODEL: an archive's directory, or MODULE:OBJECT.
+
+    OBJECT is an nn.Module, or a function that returns one; MODULE is importable from here or from the installed
+    packages ("mymodels:build" for build() in ./mymodels.py). Publishing the same content again changes nothing.
+    """
+    from . import catalog
+
+    published: Any = model
+    if not os.path.isdir(model):
+        published = _import_object(model)
+        name = name or model.partition(":")[2].lower()
+    ref = catalog.put(published, name, trust=trust)
+    if as_json:
+        click.echo(json.dumps(asdict(ref)))
+    else:
+        click.echo(f"{ref}  {_size(ref.nbytes)}  {ref.digest[:12]}")
+
+
+@main.command()
+@_JSON
+def ls(as_json: bool) -> None:
+    """List the published models."""
+    from . import catalog
+
+    table = catalog.models()
+    if as_json:
+        click.echo(table.to_json(orient="records"))
+    elif table.empty:
+        click.echo("No models yet. Publish one: zcinfer put MODULE:OBJECT --name NAME")
+    else:
+        table["shared"] = table["shared"].map(_size)
+        table["private"] = table["private"].map(_size)
+        table["digest"] = table["digest"].str[:12]
+        click.echo(table.drop(columns="nbytes").to_string(index=False))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--verify", is_flag=True, help="Compare all contents with their digests.")
+@_JSON
+def info(model: str, verify: bool, as_json: bool) -> None:
+    """Show what is known of MODEL (NAME or NAME@VERSION)."""
+    from . import catalog
+
+    ref = catalog.resolve(model)
+    archive = catalog.archive(ref)
+    if verify:
+        archive.verify()
+    description = archive.description
+    facts = {
+        "model": str(ref),
+        "class": description.class_name,
+        "digest": description.digest,
+        "shared bytes": description.nbytes,
+        "private bytes": description.skeleton_nbytes,
+        "tensors": len(description.tensors),
+        "storages": len(description.storages),
+        "dtype": description.dtype,
+        "submodules in train mode": len(description.training),
+        "needs": description.requires,
+        "directory": str(archive.directory),
+        "verified": verify,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        facts["needs"] = ", ".join(f"{name} {version}".strip() for name, version in description.requires.items())
+        for name, value in facts.items():
+            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            click.echo(f"{name:>25}  {text}")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True)
+def rm(models: tuple[str, ...]) -> None:
+    """Forget MODELS (NAME: all its versions; NAME@VERSION: that one)."""
+    from . import catalog
+
+    for model in models:
+        catalog.delete(model)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("source", required=False)
+@click.argument("target")
+@click.option("--input", "inputs", multiple=True, metavar="NAME=URL", help="An input by name, instead of SOURCE.")
+@click.option("--output", help="Which output: a name or a position, where the model gives several.")
+@click.option("--method", default="forward", show_default=True, help="Method of the model to call.")
+@click.option("--batch-size", default="auto", show_default=True, help="Rows that one forward gets, or 'auto'.")
+@click.option("--block-rows", type=click.IntRange(1), help="Rows of a block. Default: the source's chunks.")
+@click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
+              help="What to do with a model in train mode.")  # fmt: skip
+@click.option("--device", help="Default: cuda where there is one, else cpu.")
+@click.option("--workers", type=click.IntRange(1), help="Worker processes. Default: one per core.")
+@click.option("--scheduler", help="Address of a running Dask scheduler, instead of workers started here.")
+@click.option("--start-over", is_flag=True, help="Throw away what an earlier run of ours left in TARGET.")
+@_STORE
+@_JSON
+def run(
+    model: str,
+    source: str | None,
+    target: str,
+    inputs: tuple[str, ...],
+    output: str | None,
+    method: str,
+    batch_size: str,
+    block_rows: int | None,
+    training: str,
+    device: str | None,
+    workers: int | None,
+    scheduler: str | None,
+    start_over: bool,
+    store: str | None,
+    as_json: bool,
+) -> None:
+    """Run MODEL over the rows of the zarr array SOURCE and write the zarr array TARGET.
+
+    Rows lie along axis 0. Stopped at any moment, the same command goes on where it was; TARGET appears under its name
+    when it is complete. With several inputs:
+
+    \b
+      zcinfer run bert out.zarr --input input_ids=ids.zarr --input attention_mask=mask.zarr
+    """
+    named = dict(_named(text) for text in inputs)
+    if (source is None) == (not named):
+        raise SettingsError("give either SOURCE, or one --input NAME=URL or more")
+    rows: int | str = int(batch_size) if batch_size.isdigit() else batch_size
+    which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
+
+    from . import catalog
+    from .jobs import check_target
+    from .jobs import run as run_job
+
+    check_target(target)
+    catalog.resolve(model)
+    with _cluster(workers, scheduler):
+        catalog.connect(store)
+        report = run_job(
+            model,
+            named or source,
+            target,
+            resume=not start_over,
+            batch_size=rows,
+            output=which,
+            method=method,
+            training=training,
+            device=device,
+            block_rows=block_rows,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        was = report.blocks - report.computed
+        click.echo(
+            f"{report.target}: {report.rows:,} rows in {report.blocks:,} blocks, {report.computed:,} computed now"
+            + (f", {was:,} by an earlier run" if was else "")
+        )
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Fewer passages: under 45 seconds.")
+@click.option("--ask", multiple=True, metavar="TEXT", help="A question of yours; may be repeated.")
+@click.option("--workers", type=click.IntRange(1), help="Worker processes. Default: one per core, two at least.")
+@click.option("--out", type=click.Path(), help="Keep the embeddings in this zarr array. Default: thrown away.")
+@_STORE
+@_JSON
+def demo(
+    quick: bool, ask: tuple[str, ...], workers: int | None, out: str | None, store: str | None, as_json: bool
+) -> None:
+    """See it work: embed Python's own documentation with a real model, on several workers that share its weights."""
+    from .demo import run_demo
+
+    report = run_demo(quick=quick, questions=ask, workers=workers, out=out, store=store, quiet=as_json)
+    if as_json:
+        click.echo(json.dumps(report))
+    if not report["passed"]:
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--workers", type=click.IntRange(1), help="Worker processes. Default: one per core.")
+@click.option("--memory-limit", default="auto", show_default=True, help="Private memory a worker may use.")
+@click.option("--port", type=click.IntRange(0), default=8786, show_default=True, help="Port of the scheduler.")
+@_STORE
+def cluster(workers: int | None, memory_limit: str, port: int, store: str | None) -> None:
+    """Start a cluster on this machine and keep it until Ctrl-C; it listens on 127.0.0.1 alone.
+
+    \b
+    Use it from other programs:
+      zcinfer run bert in.zarr out.zarr --scheduler tcp://127.0.0.1:8786
+      client = dask.distributed.Client("tcp://127.0.0.1:8786")
+    """
+    import signal
+    import threading
+
+    from . import catalog
+    from .cluster import LocalCluster
+
+    end = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: end.set())
+    with LocalCluster(n_workers=workers, memory_limit=memory_limit, scheduler_port=port) as started:
+        with started.get_client():
+            chosen = catalog.connect(store)
+        click.echo(f"scheduler {started.scheduler_address}")
+        click.echo(f"store     {chosen.url}")
+        click.echo("Ctrl-C ends it.")
+        end.wait()
+        catalog.disconnect()
+
+
+def _cluster(workers: int | None, scheduler: str | None) -> Any:
+    """Context with a current Dask client."""
+    from contextlib import ExitStack
+
+    from distributed import Client
+
+    stack = ExitStack()
+    if scheduler is not None:
+        try:
+            stack.enter_context(Client(scheduler, timeout="10s"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"no Dask scheduler answers at {scheduler!r}: {error}") from error
+    else:
+        from .cluster import LocalCluster
+
+        started = stack.enter_context(LocalCluster(n_workers=workers))
+        stack.enter_context(started.get_client())
+    return stack
+
+
+def _import_object(text: str) -> Any:
+    import importlib
+
+    import torch
+
+    module_name, _, path = text.partition(":")
+    if not path:
+        raise SettingsError(f"{text!r} is neither an archive's directory nor MODULE:OBJECT, as in mymodels:build")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"no module {error.name!r}, looked for here ({os.getcwd()}) and among the packages") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise SettingsError(f"the module {module_name!r} has no {path!r}")
+        found = getattr(found, name)
+    if not isinstance(found, torch.nn.Module) and callable(found):
+        found = found()
+    return found
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if not equals or not name or not url:
+        raise SettingsError(f"--input {text!r}: write NAME=URL, as in --input input_ids=ids.zarr")
+    return name, url
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} B"

@@ -1,0 +1,175 @@
+"""A Dask cluster on this machine whose workers share models: processes that listen on the loopback address only.
+
+Not for clusters of several machines: start their workers with ``dask worker --preload zcinfer.worker``, which is
+all that this class does to them besides. Not for the work itself: see `distributed.LocalCluster`, its base.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import dask.config
+import distributed
+from dask.system import cpu_count
+
+from .errors import SettingsError
+
+LOOPBACK = "127.0.0.1"
+PRELOAD = "zcinfer.worker"
+
+# Read by the thread pools of torch, MKL and OpenBLAS when they are loaded, and never again
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Nanny(distributed.Nanny):  # type: ignore[misc]
+    """Nanny that sets the thread variables of ``env`` before its worker starts.
+
+    Dask's ``env`` alone is too late: the new process first imports the user's script, and torch with it.
+    """
+
+    def __init__(self, *args: Any, env: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, env=env, **kwargs)
+        self.pre_spawn_env.update({name: str(env[name]) for name in THREAD_VARIABLES})
+
+
+class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
+    """Dask scheduler and worker processes on this machine, ready to read shared models.
+
+    Parameters
+    ----------
+    n_workers : int, optional
+        Worker processes. Default: as many as the cores this process may use (its affinity mask and the CPU quota
+        of its container), divided by `threads_per_worker`.
+    threads_per_worker : int
+        Tasks that each worker runs at a time.
+    memory_limit : str, int, float or None
+        Private memory of one worker ("4 GiB", bytes, or a fraction of the machine's); models in shared memory do
+        not count. "auto": the machine's memory, divided by the workers. None: no limit.
+    **kwargs
+        Passed to `distributed.LocalCluster`: ``dashboard_address``, ``scheduler_port``, ``local_directory``,
+        ``env``, ``preload``, ``asynchronous`` and so on.
+
+    Raises
+    ------
+    SettingsError
+        An argument would open the cluster to other machines or run workers as threads; or the script that makes
+        the cluster has no ``if __name__ == "__main__":``, or its workers cannot start.
+
+    Notes
+    -----
+    Scheduler, workers and dashboard listen on 127.0.0.1. Other users of the machine can connect there; pass
+    ``security=True`` to keep them out (needs the package ``cryptography``).
+
+    Each worker gets ``cores // (n_workers * threads_per_worker)`` threads for its tensor operations, at least one,
+    by OMP_NUM_THREADS and its like, unless ``env`` says otherwise. Dask sets such variables in the script's own
+    environment too. Workers added later by ``scale`` get as many as the first.
+
+    Workers end when the script does, however it ends. What a killed worker had spilled to disk is removed when
+    the next worker starts; it lies in a directory only this user can enter.
+
+    Examples
+    --------
+    >>> with LocalCluster(n_workers=1) as cluster, cluster.get_client() as client:
+    ...     client.submit(sum, [1, 2, 3]).result()
+    6
+    """
+
+    def __init__(
+        self,
+        n_workers: int | None = None,
+        *,
+        threads_per_worker: int = 1,
+        memory_limit: str | float | None = "auto",
+        **kwargs: Any,
+    ) -> None:
+        _refuse_reimport()
+        _refuse_exposure(kwargs)
+        if threads_per_worker < 1 or (n_workers is not None and n_workers < 0):
+            raise SettingsError(
+                f"LocalCluster(n_workers={n_workers}, threads_per_worker={threads_per_worker}): a worker has at "
+                "least one thread, and there cannot be fewer than no workers."
+            )
+        cores = cpu_count()
+        if n_workers is None:
+            n_workers = max(1, cores // threads_per_worker)
+        # A cluster that starts without workers grows later, to nobody knows how many.
+        threads = max(1, cores // (n_workers * threads_per_worker or cores))
+        env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | (kwargs.pop("env", None) or {})
+        if memory_limit != "auto":
+            # Dask divides the machine's memory by the workers only where it is not told "auto".
+            kwargs["memory_limit"] = memory_limit
+        scratch = kwargs.pop("local_directory", None) or _scratch_directory()
+        try:
+            super().__init__(
+                n_workers=n_workers,
+                threads_per_worker=threads_per_worker,
+                host=LOOPBACK,
+                worker_class=Nanny,
+                env=env,
+                preload=_preloads(kwargs.pop("preload", None)),
+                local_directory=str(scratch),
+                scheduler_kwargs={"local_directory": str(scratch)} | kwargs.pop("scheduler_kwargs", {}),
+                dashboard_address=kwargs.pop("dashboard_address", f"{LOOPBACK}:0"),
+                **kwargs,
+            )
+        except RuntimeError as error:
+            raise SettingsError(
+                f"The cluster did not start: {error} The processes that failed say why in the lines above. Does the "
+                'script make its LocalCluster under if __name__ == "__main__":?'
+            ) from error
+
+
+def _refuse_reimport() -> None:
+    """Refuse to make a cluster in a worker that is importing the script which makes the cluster."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SettingsError(
+            "LocalCluster was called while a worker process imports this script: every worker runs the script's top "
+            "level once, to know its functions and classes, and would start a cluster of its own. Make the cluster "
+            'under if __name__ == "__main__": or in a function called from there.'
+        )
+
+
+def _refuse_exposure(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `distributed.LocalCluster` that open ports to the network or run workers as threads."""
+    for name in {"host", "interface", "ip", "processes", "worker_class"} & kwargs.keys():
+        raise SettingsError(
+            f"zcinfer.LocalCluster runs processes that listen on {LOOPBACK} only and does not take {name}=. For other "
+            f"clusters start the workers with: dask worker --preload {PRELOAD} SCHEDULER"
+        )
+    for name in {"dashboard_address", "worker_dashboard_address"} & kwargs.keys():
+        address = kwargs[name]
+        if address is not None and not str(address).startswith((f"{LOOPBACK}:", "localhost:")):
+            raise SettingsError(
+                f"{name}={address!r} would listen on all addresses of this machine. Give it as '{LOOPBACK}:PORT'."
+            )
+
+
+def _preloads(asked: str | list[str] | None) -> list[str]:
+    """Modules that each worker imports at its start: ours, then those of the argument or of Dask's configuration."""
+    if asked is None:
+        asked = dask.config.get("distributed.worker.preload")
+    return [PRELOAD, *(name for name in ([asked] if isinstance(asked, str) else asked) if name != PRELOAD)]
+
+
+def _scratch_directory() -> Path:
+    """Directory for what workers spill, the same at every start.
+
+    Dask locks what it uses in there and removes what no living process has locked; and it puts the directory on
+    ``sys.path``, so that nobody else may write to it.
+    """
+    parent = dask.config.get("temporary-directory") or tempfile.gettempdir()
+    path = Path(parent) / f"zcinfer-{os.geteuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise SettingsError(
+            f"{path} is not a directory of this user (it belongs to uid {found.st_uid}), so spilled data is not safe "
+            "there. Give LocalCluster(local_directory=...) or set DASK_TEMPORARY_DIRECTORY."
+        )
+    path.chmod(0o700)
+    return path

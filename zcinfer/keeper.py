@@ -1,0 +1,236 @@
+"""Our own Ray: started for this process, reachable from this machine only, and gone when the process is.
+
+This is the side of the process that wants a Ray; `zcinfer.ray_head` is the small process between it and Ray. What
+is kept in that Ray, and how one talks to it, is not for here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from pathlib import Path
+
+import psutil
+
+from .errors import SettingsError, StoreUnavailable
+from .ray_head import MARK, PREFIX, claim, clear, sweep
+
+LOG = "ray-start.log"
+KEEPER = "import sys; sys.path.append(sys.argv[1]); from zcinfer.ray_head import keep; keep(*sys.argv[2:])"
+# Seconds that the keeper has to end Ray; it gives up after 15 itself
+STOP_TIMEOUT = 20.0
+# Ray starts with no less. Its sockets need 64 of the 107 bytes that a socket's path may have
+SMALLEST_STORE, LONGEST_DIRECTORY = 75 * 2**20, 43
+# With these our Ray would become part of something of the user's
+FOREIGN = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_NAMESPACE", "RAY_START_HOOK")
+INSTEAD = 'or use memory-mapped files instead of Ray, with the setting zcinfer.store: "file"'
+
+
+def token_path() -> Path:
+    """Path of the file with this user's token for our own Rays, made at the first call.
+
+    Raises
+    ------
+    SettingsError
+        The file cannot be made, or others can read it.
+    """
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser().absolute()
+        path = state / "zcinfer" / "ray-token"
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent) as new:
+                new.write(secrets.token_hex(32))
+                new.flush()
+                # A link appears whole and only once: of processes that race all but one find the name taken
+                with contextlib.suppress(FileExistsError):
+                    os.link(new.name, path)
+        status = path.stat()
+    except (OSError, RuntimeError) as error:
+        raise SettingsError(
+            f"the token of our own Ray cannot be stored: {error}. Set XDG_STATE_HOME to a directory of your own."
+        ) from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise SettingsError(f"{path} is not yours alone (mode 0600), so others could use your Ray. Remove it.")
+    return path
+
+
+def ray_environment() -> dict[str, str]:
+    """Environment that a process needs, before it first connects, to be let into our own Ray.
+
+    Examples
+    --------
+    >>> ray_environment()["RAY_AUTH_MODE"]
+    'token'
+    """
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path()),
+        "RAY_AUTH_TOKEN": "",  # the user's own would win over the path; empty counts as unset
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+class OwnRay:
+    """A running Ray of our own, made by `start`.
+
+    Attributes
+    ----------
+    address : str
+        "HOST:PORT" for ``ray.init``.
+
+    Notes
+    -----
+    It ends when this process ends, in whatever way. A forked child neither stops it nor keeps it alive. Any thread
+    may call `stop`; drivers that are still connected lose their Ray then, so disconnect first.
+    """
+
+    address: str
+
+    def __init__(self, directory: Path, object_store_memory: int) -> None:
+        self._pid = os.getpid()
+        self._directory = directory
+        self._stopping = threading.RLock()
+        self._claim = claim(directory)
+        environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | ray_environment()
+        environment[MARK] = str(directory)
+        # The way to have Ray bind the loopback interface alone, as it does on macOS and Windows
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray leaves GPUs visible to actors that ask for none
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        package = str(Path(__file__).resolve().parents[1])
+        with open(directory / LOG, "wb") as log:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-P", "-c", KEEPER, package, str(directory), str(object_store_memory)],
+                env=environment,
+                cwd=directory,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                start_new_session=True,
+            )
+        _running.add(self)
+        atexit.register(self.stop)
+
+    def _connect(self, deadline: float) -> None:
+        assert self._keeper.stdout is not None
+        report = b""
+        while not report.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self._keeper.stdout], [], [], left)[0]:
+                raise self._failure("was not ready in time; raise the setting zcinfer.ray.start-timeout")
+            received = os.read(self._keeper.stdout.fileno(), 4096)
+            if not received:
+                raise self._failure("lost its keeper process while it started")
+            report += received
+        answer = json.loads(report)
+        if "port" not in answer:
+            raise self._failure(f"did not start: `ray start` ended with status {answer['status']}")
+        # Drivers replace 127.0.0.1 by the machine's address on the network, where ours does not listen; not this
+        self.address = f"[::ffff:127.0.0.1]:{answer['port']}"
+
+    def _failure(self, what: str) -> StoreUnavailable:
+        tail = (self._directory / LOG).read_text(errors="replace").splitlines()[-20:]
+        return StoreUnavailable(f"our own Ray {what}, {INSTEAD}. What `ray start` printed last:\n" + "\n".join(tail))
+
+    def stop(self) -> None:
+        """End the Ray, and return when its processes and files are gone; again does nothing."""
+        if os.getpid() != self._pid:
+            return
+        with self._stopping:
+            atexit.unregister(self.stop)
+            _running.discard(self)
+            self._release()
+            # A child that C code forked may still hold the pipe open
+            self._keeper.terminate()
+            try:
+                self._keeper.wait(STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self._keeper.kill()
+                self._keeper.wait()
+            if self._keeper.returncode != 0:
+                clear(self._directory)
+
+    def _release(self) -> None:
+        assert self._keeper.stdin is not None
+        assert self._keeper.stdout is not None
+        self._keeper.stdin.close()
+        self._keeper.stdout.close()
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
+
+
+_running: weakref.WeakSet[OwnRay] = weakref.WeakSet()
+
+
+def _release_in_child() -> None:
+    for ray in list(_running):
+        ray._release()
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+def start(object_store_memory: int | None, timeout: float) -> OwnRay:
+    """Start a Ray of our own, in about two seconds.
+
+    Parameters
+    ----------
+    object_store_memory : int, optional
+        Bytes of shared memory for objects; by default 30 % of the memory, if /dev/shm has that.
+    timeout : float
+        Seconds until the start is given up.
+
+    Raises
+    ------
+    StoreUnavailable
+        It did not start, or /dev/shm is too small; nothing is left running.
+    """
+    deadline = time.monotonic() + timeout
+    size = _object_store_bytes(object_store_memory)
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) + len(f"/{PREFIX}12345678") > LONGEST_DIRECTORY:
+        place = "/tmp"
+    sweep(Path(place))
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    ray = None
+    try:
+        ray = OwnRay(directory, size)
+        ray._connect(deadline)
+    except BaseException:
+        if ray is None:
+            clear(directory)
+        else:
+            ray.stop()
+        raise
+    return ray
+
+
+def _object_store_bytes(wanted: int | None) -> int:
+    if wanted is not None and wanted < SMALLEST_STORE:
+        raise SettingsError(f"zcinfer.ray.object-store-memory is {wanted} bytes; Ray needs at least {SMALLEST_STORE}.")
+    shared = os.statvfs("/dev/shm")
+    free = int(shared.f_bavail * shared.f_frsize * 0.95)
+    if free < (wanted or SMALLEST_STORE):
+        raise StoreUnavailable(
+            f"our own Ray needs {wanted or SMALLEST_STORE} bytes of /dev/shm, which has {free} to give. Make it larger "
+            "(docker run --shm-size=8g; Docker's default is 64 MB), set zcinfer.ray.object-store-memory lower, "
+            f"{INSTEAD}."
+        )
+    memory = psutil.virtual_memory().total
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int(Path(limit).read_text()))
+    return wanted or max(SMALLEST_STORE, min(int(0.3 * memory), free))

@@ -1,0 +1,81 @@
+"""What a Dask worker needs to read shared models: ``dask worker --preload zcinfer.worker``, and `LocalCluster` itself.
+
+For: memory limits that count what a worker has to itself. A model in shared memory is resident in every worker
+that reads it, and Dask would spill, pause and restart each of them for it. Not for: models, devices, counters.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import sys
+from typing import Any
+
+from distributed import NannyPlugin, Status
+from distributed.worker_memory import NannyMemoryManager
+
+from .memory import process_memory
+
+logger = logging.getLogger(__name__)
+
+
+class PrivateMemoryMonitor(NannyMemoryManager):  # type: ignore[misc]
+    """Restarts a worker whose private memory is above the terminate threshold; memory it shares does not count."""
+
+    def memory_monitor(self, nanny: Any) -> None:
+        """Judge the worker of ``nanny``; called ten times a second by its event loop."""
+        try:
+            private = process_memory(nanny.pid).private if nanny.pid else 0
+        except ProcessLookupError:
+            return
+        if private > self.memory_limit * self.memory_terminate_fraction:
+            super().memory_monitor(nanny)
+
+
+class PrivateMemoryLimit(NannyPlugin):  # type: ignore[misc]
+    """Nanny plugin that makes the terminate threshold count private memory."""
+
+    name = "zcinfer-private-memory-limit"
+
+    def setup(self, nanny: Any) -> None:
+        """Put a `PrivateMemoryMonitor` in the place of the monitor of ``nanny``, once."""
+        if isinstance(nanny.memory_manager, PrivateMemoryMonitor):
+            return
+        # No callback where there is no limit. One that runs already must be stopped: nobody else still knows of it.
+        replaced = nanny.periodic_callbacks.pop("memory_monitor", None)
+        nanny.memory_manager = PrivateMemoryMonitor(nanny, memory_limit=nanny.memory_manager.memory_limit)
+        if replaced is not None and replaced.is_running():
+            replaced.stop()
+            nanny.periodic_callbacks["memory_monitor"].start()
+
+
+def dask_setup(worker: Any) -> None:
+    """Make the memory limits of ``worker`` and of its nanny, if it has one, count private memory.
+
+    A worker with a nanny also leaves Ctrl-C to it. Dask calls this in every worker process that starts with this
+    preload, and again after each restart of the worker.
+    """
+    if sys.platform != "linux":
+        # Only Linux tells shared memory apart.
+        return
+    # The one figure behind the spill and pause thresholds, the heartbeat and the scheduler's decisions.
+    worker.monitor.get_process_memory = lambda: process_memory().private
+    if worker.nanny is not None:
+        # Ctrl-C reaches every process of the terminal, but it is the script or the nanny that ends the worker for it,
+        # or goes on. Not SIG_IGN: the processes that tasks start would inherit that.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        # Not awaited here: a nanny answers only once it has started, which is when its worker has.
+        worker.loop.add_callback(_tell_nanny, worker)
+
+
+async def _tell_nanny(worker: Any) -> None:
+    try:
+        async with worker.rpc(worker.nanny) as nanny:
+            await nanny.plugin_add(plugin=pickle.dumps(PrivateMemoryLimit()), name=PrivateMemoryLimit.name)
+    except OSError:
+        if worker.status is Status.running:
+            logger.exception(
+                "The nanny at %s still counts shared memory: it may restart this worker for the models it reads.",
+                worker.nanny,
+            )
