@@ -17,6 +17,7 @@ import psutil
 import pytest
 from dask.system import cpu_count
 from distributed import Client
+from distributed.system import MEMORY_LIMIT
 from processes import living, wait_until
 
 from zcinfer.cluster import LocalCluster
@@ -55,7 +56,7 @@ def test_one_worker_a_core(cluster: LocalCluster, client: Client) -> None:
     assert len(cluster.workers) == cpu_count()
     assert set(client.nthreads().values()) == {1}
     assert sum(w["memory_limit"] for w in client.scheduler_info(n_workers=-1)["workers"].values()) == pytest.approx(
-        psutil.virtual_memory().total, rel=0.01
+        MEMORY_LIMIT, rel=0.01
     )
 
 

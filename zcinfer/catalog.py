@@ -65,6 +65,8 @@ def connect(store: str | None = None) -> Store:
     """
     global _current
     with _lock:
+        if _current is not None and not _current.alive:
+            disconnect()
         if store is None:
             if _current is not None:
                 return _current
@@ -139,6 +141,10 @@ def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: 
         model = join(opened.skeleton(), opened.description, opened.weights())
     parts = split(model)
     name = name or type(model).__name__.lower()
+    # Before anything is written, so that nothing has to be taken back.
+    registry.make_room(parts.description.digest, parts.description.nbytes)
+    if _current is not None:
+        _current.make_room(parts.description.digest, parts.description.nbytes)
     version = registry.add(parts, name)
     if _current is not None:
         _current.publish(version.digest)

@@ -1,7 +1,7 @@
 """A Dask cluster on this machine whose workers share models: processes that listen on the loopback address only.
 
-Not for clusters of several machines: start their workers with ``dask worker --preload zcinfer.worker``, which is
-all that this class does to them besides. Not for the work itself: see `distributed.LocalCluster`, its base.
+Not for several machines: start their workers with ``dask worker --preload zcinfer.worker``. Not for the work
+itself: see `distributed.LocalCluster`, its base.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
         # Bytes of shared memory for our own Ray ("4 GiB"); None: Ray's default, 30 % of the memory
         "object-store-memory": None,
         # Seconds that a store may take to answer, and our own Ray to start
-        "timeout": 10,
+        "timeout": 8,
         "start-timeout": 60,
     },
 }

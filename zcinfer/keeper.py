@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ STOP_TIMEOUT = 20.0
 SMALLEST_STORE, LONGEST_DIRECTORY = 75 * 2**20, 43
 # With these our Ray would become part of something of the user's
 FOREIGN = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_NAMESPACE", "RAY_START_HOOK")
-INSTEAD = 'or use memory-mapped files instead of Ray, with the setting zcinfer.store: "file"'
+INSTEAD = 'or use memory-mapped files instead of Ray, with the setting zcinfer.store: "file".'
 
 
 def token_path() -> Path:
@@ -66,7 +67,7 @@ def token_path() -> Path:
 
 
 def ray_environment() -> dict[str, str]:
-    """Environment that a process needs, before it first connects, to be let into our own Ray.
+    """Environment that a process needs, from before it imports ray, to be let into our own Ray.
 
     Examples
     --------
@@ -129,20 +130,27 @@ class OwnRay:
         while not report.endswith(b"\n"):
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._keeper.stdout], [], [], left)[0]:
-                raise self._failure("was not ready in time; raise the setting zcinfer.ray.start-timeout")
+                raise self._failure("was not ready in time. Raise the setting zcinfer.ray.start-timeout")
             received = os.read(self._keeper.stdout.fileno(), 4096)
             if not received:
-                raise self._failure("lost its keeper process while it started")
+                raise self._failure(
+                    "lost its keeper process, killed by something else, while it started. Start it again"
+                )
             report += received
         answer = json.loads(report)
         if "port" not in answer:
-            raise self._failure(f"did not start: `ray start` ended with status {answer['status']}")
-        # Drivers replace 127.0.0.1 by the machine's address on the network, where ours does not listen; not this
-        self.address = f"[::ffff:127.0.0.1]:{answer['port']}"
+            raise self._failure(
+                f"did not start: `ray start` ended with status {answer['status']}. Mend what it complains of below"
+            )
+        self.address = f"{_loopback()}:{answer['port']}"
 
     def _failure(self, what: str) -> StoreUnavailable:
-        tail = (self._directory / LOG).read_text(errors="replace").splitlines()[-20:]
-        return StoreUnavailable(f"our own Ray {what}, {INSTEAD}. What `ray start` printed last:\n" + "\n".join(tail))
+        printed: list[str] = []
+        with contextlib.suppress(OSError):
+            printed = (self._directory / LOG).read_text(errors="replace").splitlines()
+        # That a port is in use is our doing, see ray_head
+        tail = [line for line in printed if "already occupied" not in line][-20:]
+        return StoreUnavailable(f"our own Ray {what}, {INSTEAD} The last that `ray start` printed:\n" + "\n".join(tail))
 
     def stop(self) -> None:
         """End the Ray, and return when its processes and files are gone; again does nothing."""
@@ -218,16 +226,27 @@ def start(object_store_memory: int | None, timeout: float) -> OwnRay:
     return ray
 
 
+def _loopback() -> str:
+    # Drivers replace 127.0.0.1 by the machine's address on the network, where ours does not listen; neither of these
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return "LOCALHOST"
+    return "[::ffff:127.0.0.1]"
+
+
 def _object_store_bytes(wanted: int | None) -> int:
     if wanted is not None and wanted < SMALLEST_STORE:
         raise SettingsError(f"zcinfer.ray.object-store-memory is {wanted} bytes; Ray needs at least {SMALLEST_STORE}.")
-    shared = os.statvfs("/dev/shm")
-    free = int(shared.f_bavail * shared.f_frsize * 0.95)
+    free = 0
+    with contextlib.suppress(OSError):
+        shared = os.statvfs("/dev/shm")
+        free = int(shared.f_bavail * shared.f_frsize * 0.95)
     if free < (wanted or SMALLEST_STORE):
         raise StoreUnavailable(
             f"our own Ray needs {wanted or SMALLEST_STORE} bytes of /dev/shm, which has {free} to give. Make it larger "
             "(docker run --shm-size=8g; Docker's default is 64 MB), set zcinfer.ray.object-store-memory lower, "
-            f"{INSTEAD}."
+            f"{INSTEAD}"
         )
     memory = psutil.virtual_memory().total
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

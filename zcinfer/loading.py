@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 
@@ -70,6 +71,8 @@ loads: deque[Load] = deque(maxlen=1000)
 def open_store(url: str) -> Store:
     """The store of a URL; opened once a process."""
     with _stores_lock:
+        if url in _stores and not _stores[url].alive:
+            _stores.pop(url).close()
         if url not in _stores:
             kind, _, rest = url.partition(":")
             if kind == "file":
@@ -77,6 +80,9 @@ def open_store(url: str) -> Store:
             elif kind == "ray":
                 from .ray_store import RayStore  # a second of imports, for those who use it
 
+                # A process is in one Ray at a time. What is loaded from the last one stays loaded.
+                for other in [other for other in _stores if other.startswith("ray:")]:
+                    _stores.pop(other).close()
                 _stores[url] = RayStore.open(url)
             else:
                 raise ZcinferError(f"{url!r} is no store's URL: it begins with 'ray:' or 'file:'")
@@ -125,7 +131,8 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     for package in fetched.description.requires:
         _import(package)
     imported = perf_counter()
-    model = join(fetched.skeleton, fetched.description, fetched.buffer)
+    read_only = fetched.protection == "read-only"
+    model = join(fetched.skeleton, fetched.description, fetched.buffer, copy_small=read_only)
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
     if device is not None and torch.device(device).type != "cpu":
@@ -139,14 +146,10 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
 
 def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Store]:
     """Map the archive itself when Ray does not answer, if this machine can see the registry."""
-    from urllib.parse import parse_qs, urlsplit
-
     directory = parse_qs(urlsplit(ref.store).query).get("registry", [""])[0]
     if not directory or not Path(directory).exists():
         raise error
-    log.warning("%s; mapping the archive of %s in %s instead", error, ref, directory)
-    with _stores_lock:
-        _stores.pop(ref.store, None)
+    log.warning("%s The archive of %s in %s is mapped instead.", error, ref, directory)
     store = FileStore(Registry(directory).directory)
     return store.fetch(ref.digest), store
 

@@ -31,6 +31,8 @@ try:  # Classes of __main__, lambdas and closures travel by value where cloudpic
 except ImportError:
     from pickle import Pickler as _BasePickler
 
+_PAGE = 4096
+
 # Those that torch.frombuffer takes in every version we support; tensors of others are set on bare storages.
 _BUFFER_DTYPES = frozenset("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split())
 
@@ -131,7 +133,7 @@ def split(model: torch.nn.Module) -> Parts:
     return Parts(description, skeleton, sources)
 
 
-def join(skeleton: bytes, description: Description, buffer: Any) -> torch.nn.Module:
+def join(skeleton: bytes, description: Description, buffer: Any, *, copy_small: bool = False) -> torch.nn.Module:
     """Put a module together over a buffer, without copying the weights.
 
     Parameters
@@ -142,6 +144,9 @@ def join(skeleton: bytes, description: Description, buffer: Any) -> torch.nn.Mod
     buffer : writable buffer of bytes
         The storages at their offsets. The module's tensors are views of it and keep it alive. Who else sees
         writes to it is up to the buffer.
+    copy_small : bool
+        Give the module copies of its own of buffers, and of tensors under a page: those that models do write. For
+        a buffer whose pages are read-only.
 
     Returns
     -------
@@ -161,7 +166,7 @@ def join(skeleton: bytes, description: Description, buffer: Any) -> torch.nn.Mod
     >>> torch.equal(join(parts.skeleton, parts.description, buffer).weight, layer.weight)
     True
     """
-    tensors, storages = _view(buffer, description)
+    tensors, storages = _view(buffer, description, copy_small)
     return _unpickle(skeleton, description, tensors, storages)
 
 
@@ -283,18 +288,18 @@ def _missing(description: Description, error: Exception) -> str:
     )
 
 
-def _view(buffer: Any, description: Description) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
+def _view(buffer: Any, description: Description, copy_small: bool) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
     """Tensors of the table as views of the buffer, and the storages that are not some tensor's alone."""
     tensors: list[torch.Tensor] = []
     storages: list[torch.UntypedStorage | None] = [None] * len(description.storages)
     own = {spec.storage for spec in description.tensors if spec.whole}
     for number, place in enumerate(description.storages):
         if number not in own:
-            storages[number] = (
-                torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset).untyped_storage()
-                if place.nbytes
-                else torch.UntypedStorage(0)
-            )
+            storage = torch.UntypedStorage(0)
+            if place.nbytes:
+                view = torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
+                storage = view.untyped_storage()
+            storages[number] = storage.clone() if copy_small and place.nbytes < _PAGE else storage
     as_parameter = torch.Tensor._make_subclass  # nn.Parameter() in its plain case, at half the time
     # Never under inference_mode: such tensors cannot be trained, or cast, later.
     with torch.inference_mode(False):
@@ -303,6 +308,8 @@ def _view(buffer: Any, description: Description) -> tuple[list[torch.Tensor], li
             if whole:
                 place = description.storages[storage]
                 tensor = torch.frombuffer(buffer, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset)
+                if copy_small and (not parameter or place.nbytes < _PAGE):
+                    tensor = tensor.clone()
                 if len(size) != 1:
                     tensor.resize_(size)
             else:

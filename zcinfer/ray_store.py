@@ -9,9 +9,11 @@ The only file that imports ray.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
+import select
 import socket
 import threading
 import weakref
@@ -30,8 +32,10 @@ from .archive import MARGIN, Archive
 from .description import Bytes, Description
 from .errors import StoreFull, StoreUnavailable, ZcinferError
 from .registry import Registry
-from .sharing import map_plasma
+from .sharing import map_plasma, raylet_of
 from .store import Fetched
+
+log = logging.getLogger("zcinfer")
 
 T = TypeVar("T")
 
@@ -54,7 +58,7 @@ class Holder:
         """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread)."""
         if digest not in self._objects:
             archive = Registry(registry).archive(digest)
-            self._make_room(archive)
+            self.make_room(digest, archive.description.nbytes, registry)
             head = pickle.dumps((archive.description, archive.skeleton()))
             self._objects[digest] = (archive.description.nbytes, head, ray.put(archive.padded_weights()))
         _, head, reference = self._objects[digest]
@@ -69,18 +73,19 @@ class Holder:
         held = {digest: nbytes for digest, (nbytes, _, _) in self._objects.items()}
         return self._capacity, sum(held.values()), held
 
-    def _make_room(self, archive: Archive) -> None:
-        nbytes = archive.description.nbytes + MARGIN
+    def make_room(self, digest: str, nbytes: int, registry: str) -> None:
+        """Refuse a model that would not fit: Plasma itself would put it into a file on disk, and say nothing."""
         capacity, used, held = self.usage()
-        if used + nbytes > capacity:
-            names = {version.digest: str(version) for version in Registry(archive.directory.parents[1]).versions()}
-            listed = ", ".join(f"{names.get(digest, digest[:12])} ({_mb(size)})" for digest, size in held.items())
-            raise StoreFull(
-                f"a model of {_mb(nbytes)} does not fit: {_mb(used)} of the store's {_mb(capacity)} are taken"
-                f"{' by ' + listed if listed else ''}. Delete what is not needed (zcinfer rm NAME), or give Ray more "
-                "memory (DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the "
-                "store 'file'."
-            )
+        if digest in held or used + nbytes + MARGIN <= capacity:
+            return
+        names = {version.digest: str(version) for version in Registry(registry).versions()}
+        listed = ", ".join(f"{names.get(digest, digest[:12])} ({_mb(size)})" for digest, size in held.items())
+        raise StoreFull(
+            f"a model of {_mb(nbytes)} does not fit: {_mb(used)} of the store's {_mb(capacity)} are taken"
+            f"{' by ' + listed if listed else ''}. Delete what is not needed (zcinfer rm NAME), or give Ray more "
+            "memory (DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the "
+            "store 'file'."
+        )
 
 
 class RayStore:
@@ -114,6 +119,7 @@ class RayStore:
         self._own = own
         self._environment = environment or {}
         self._timeout = float(config.get("ray.timeout"))
+        self._lost = threading.Event()
         self._heads: dict[str, tuple[Description, bytes]] = {}
         self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
         begin = perf_counter()
@@ -121,7 +127,10 @@ class RayStore:
         self._within(self._timeout, lambda: _connect(address, self._environment))
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
-        self._holder = self._within(patience, _find_holder)
+        self._holder, raylet = self._within(patience, _find_holder)
+        self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        if raylet is not None:
+            threading.Thread(target=self._watch, args=(raylet,), daemon=True, name="zcinfer-raylet-watch").start()
         self.connect_seconds = perf_counter() - begin
 
     @classmethod
@@ -144,6 +153,10 @@ class RayStore:
         auth = {"auth": "own"} if self._environment else {}
         return f"ray:{self.address}?{urlencode({'registry': self.registry.directory, **auth})}"
 
+    @property
+    def alive(self) -> bool:
+        return not self._lost.is_set()
+
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
         # Content under one digest never changes: while some module of it lives, there is nothing to ask.
@@ -157,6 +170,10 @@ class RayStore:
         buffer, protection = map_plasma(padded, MARGIN, description.nbytes)
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
         return Fetched(description, skeleton, buffer, protection, seconds)
+
+    def make_room(self, digest: str, nbytes: int) -> None:
+        directory = str(self.registry.directory)
+        self._within(self._timeout, lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory)))
 
     def publish(self, digest: str) -> None:
         request = self._holder.fetch
@@ -173,7 +190,27 @@ class RayStore:
         )
         return usage
 
+    def _watch(self, raylet: int) -> None:
+        """Leave Ray the moment its raylet dies: half a second later Ray ends every process connected to it."""
+        try:
+            process = os.pidfd_open(raylet)
+        except ProcessLookupError:
+            died = True
+        else:
+            poll = select.poll()
+            poll.register(process, select.POLLIN)
+            poll.register(self._closing, select.POLLIN | select.POLLHUP)
+            died = any(descriptor == process for descriptor, _ in poll.poll())
+            os.close(process)
+        if died:
+            self._lost.set()
+            log.warning("the raylet of Ray at %s has died; models that are loaded stay so", self.address)
+            ray.shutdown()
+        os.close(self._closing)
+
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._wake)
         # With the raylet gone, shutdown may hang as every other call.
         _join_within(self._timeout, ray.shutdown)
         if self._own is not None:
@@ -192,9 +229,12 @@ class RayStore:
         return self._timeout + nbytes / 50e6
 
     def _within(self, seconds: float, function: Callable[[], T]) -> T:
+        if self._lost.is_set():
+            raise StoreUnavailable(f"Ray at {self.address} has died. Start another with zc.connect().")
         outcome = _join_within(seconds, function)
         if outcome is None:
             # Releases the call that hangs, and lets a later attempt connect anew.
+            self._lost.set()
             _abandon()
             raise StoreUnavailable(
                 f"Ray at {self.address} has not answered within {seconds:.0f} s: it, or this machine's raylet, has "
@@ -245,7 +285,7 @@ def _connect(address: str, environment: dict[str, str]) -> None:
     )
 
 
-def _find_holder() -> Any:
+def _find_holder() -> tuple[Any, int | None]:
     capacity = min(
         (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
     )
@@ -266,8 +306,9 @@ def _find_holder() -> Any:
     # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
     # that the first load takes what later ones take.
     (reference,) = ray.get(holder.probe.remote())
-    map_plasma(ray.get(reference), 0, 1)
-    return holder
+    page = ray.get(reference)
+    map_plasma(page, 0, 1)
+    return holder, raylet_of(page)
 
 
 def _abandon() -> None:

@@ -29,7 +29,7 @@ from urllib.parse import quote, unquote
 
 from .archive import Archive, write_archive, write_file
 from .config import private_directory
-from .errors import ArchiveError, ModelNotFound, SettingsError, UntrustedArchive
+from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
 
 if TYPE_CHECKING:
     from .parts import Parts
@@ -61,6 +61,16 @@ class Registry:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
+
+    def make_room(self, digest: str, nbytes: int) -> None:
+        """Raise `StoreFull` if an archive of that size, not yet here, would not fit on the disk."""
+        free = shutil.disk_usage(private_directory(self.directory)).free
+        if nbytes > free and not self._is_complete(digest):
+            raise StoreFull(
+                f"a model of {nbytes / 1e6:,.0f} MB does not fit on the disk of {self.directory}, which has "
+                f"{free / 1e6:,.0f} MB to give. Delete what is not needed (zcinfer rm NAME), or set "
+                "DASK_ZCINFER__REGISTRY to a larger disk."
+            )
 
     def add(self, parts: Parts, name: str) -> Version:
         """Write the parts' archive unless it is there, and make it the newest version of ``name``.

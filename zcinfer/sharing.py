@@ -93,6 +93,13 @@ def map_plasma(array: Bytes, offset: int, nbytes: int) -> tuple[Bytes, str]:
     return _read_only(array, offset, nbytes), "read-only"
 
 
+def raylet_of(array: Bytes) -> int | None:
+    """Process id of the raylet whose store ``array`` lies in; None where it cannot be seen."""
+    area = _area_of(array.ctypes.data)
+    source = _open_file_of_raylet(*area[2:]) if area is not None else None
+    return int(source.split("/")[2]) if source is not None else None
+
+
 def _area_of(address: int) -> tuple[int, int, int, int] | None:
     """Start, file offset, device and inode of the mapping that ``address`` lies in."""
     with open("/proc/self/maps") as maps:
@@ -135,11 +142,15 @@ def _raylets() -> Iterator[str]:
 
 def _read_only(array: Bytes, offset: int, nbytes: int) -> Bytes:
     """Make pages of ``array`` read-only until it is released, since Plasma then reuses them."""
-    start = (array.ctypes.data + offset) // _PAGE * _PAGE
-    end = (array.ctypes.data + offset + nbytes) // _PAGE * _PAGE
+    address = array.ctypes.data + offset
+    start = address // _PAGE * _PAGE
+    end = (address + nbytes) // _PAGE * _PAGE
     _protect(start, end - start, mmap.PROT_READ)
     weakref.finalize(array, _protect, start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
-    return array[offset : offset + nbytes]
+    # Torch has no read-only tensors, and warns of arrays that are; what guards the pages is the hardware.
+    pages = (ctypes.c_ubyte * nbytes).from_address(address)
+    pages.owner = array
+    return np.frombuffer(pages, np.uint8)
 
 
 def _protect(address: int, nbytes: int, protection: int) -> None:

@@ -82,8 +82,15 @@ class Store(Protocol):
     def url(self) -> str:
         """URL by which any process can open this store."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can be used, as far as is known without asking."""
+
     def fetch(self, digest: str) -> Fetched:
         """Get a model; from the registry, through the cache."""
+
+    def make_room(self, digest: str, nbytes: int) -> None:
+        """Raise `StoreFull` if a model of that size, not yet here, would not fit."""
 
     def publish(self, digest: str) -> None:
         """Have a model ready in the cache; raises `StoreFull` if it does not fit."""
@@ -111,6 +118,10 @@ class FileStore:
     def url(self) -> str:
         return f"file:{self.registry.directory}"
 
+    @property
+    def alive(self) -> bool:
+        return True
+
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
         archive = self.registry.archive(digest)
@@ -119,6 +130,9 @@ class FileStore:
         buffer = archive.weights()
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
         return Fetched(archive.description, skeleton, buffer, "copy-on-write", seconds)
+
+    def make_room(self, digest: str, nbytes: int) -> None:
+        self.registry.make_room(digest, nbytes)
 
     def publish(self, digest: str) -> None:
         self.registry.archive(digest)

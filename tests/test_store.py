@@ -1,0 +1,332 @@
+"""One contract for both stores. The Ray store is a real one of our own, shared by this module's tests."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+import torch
+from processes import wait_until
+
+from zcinfer import catalog, loading
+from zcinfer.errors import ModelNotFound, StoreUnavailable
+from zcinfer.parts import join, split
+from zcinfer.registry import Registry
+from zcinfer.store import FileStore, ModelRef, Store
+
+
+def model(seed: int = 0, width: int = 300) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width)).eval()
+
+
+def run(script: str, *arguments: str, timeout: float = 60) -> str:
+    """Standard output of a Python script in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ray_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    directory = tmp_path_factory.mktemp("ray") / "registry"
+    with dask.config.set({"zcinfer.registry": str(directory), "zcinfer.ray.object-store-memory": "200 MB"}):
+        store = catalog.connect("ray")
+        yield store
+        catalog.disconnect()
+
+
+@pytest.fixture(params=["file", pytest.param("ray", marks=pytest.mark.ray)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "ray":
+        found: Store = request.getfixturevalue("ray_store")
+        return found
+    return FileStore(tmp_path / "registry")
+
+
+def put(store: Store, module: torch.nn.Module, name: str = "model") -> str:
+    digest = store.registry.add(split(module), name).digest
+    store.publish(digest)
+    return digest
+
+
+def build(store: Store, digest: str) -> Any:
+    fetched = store.fetch(digest)
+    return join(fetched.skeleton, fetched.description, fetched.buffer)
+
+
+def test_what_is_put_comes_back_bit_for_bit(store: Store) -> None:
+    original = model()
+    copy = build(store, put(store, original))
+    x = torch.randn(5, 300)
+    assert torch.equal(copy(x), original(x))
+    assert {n: t.dtype for n, t in copy.state_dict().items()} == {n: t.dtype for n, t in original.state_dict().items()}
+
+
+def test_publishing_again_changes_nothing(store: Store) -> None:
+    first = put(store, model())
+    assert put(store, model()) == first
+
+
+def test_an_unknown_digest_is_refused(store: Store) -> None:
+    with pytest.raises(ModelNotFound):
+        store.fetch("0" * 64)
+
+
+def test_a_forgotten_model_is_filled_again_from_the_registry(store: Store) -> None:
+    digest = put(store, model())
+    store.forget(digest)
+    assert torch.equal(build(store, digest)[0].weight, model()[0].weight)
+
+
+def test_protection_is_reported(store: Store) -> None:
+    assert store.fetch(put(store, model())).protection == "copy-on-write"
+
+
+def test_writes_of_one_reader_are_not_seen_by_another(store: Store) -> None:
+    digest = put(store, model())
+    writer = build(store, digest)
+    with torch.no_grad():
+        for tensor in (*writer.parameters(), *writer.buffers()):
+            tensor.zero_()
+    assert torch.equal(build(store, digest)[0].weight, model()[0].weight)
+    script = """
+import sys
+from zcinfer.loading import load_ref
+from zcinfer.store import ModelRef
+m = load_ref(ModelRef("model", 1, sys.argv[1], 0, sys.argv[2]))
+print(float(m[0].weight.detach().abs().sum()))
+"""
+    expected = float(model()[0].weight.detach().abs().sum())
+    assert float(run(script, digest, store.url)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_view_keeps_the_mapping_and_nothing_else_does(store: Store) -> None:
+    digest = put(store, model(width=500))
+    weight = build(store, digest)[0].weight
+    before = weight.detach().clone()
+    put(store, model(seed=1, width=500), "other")
+    assert torch.equal(weight.detach(), before)
+    del weight
+
+    def maps() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    build(store, digest)
+    steady = maps(), descriptors()
+    for _ in range(200):
+        build(store, digest)
+    # Ray's threads map stacks of their own now and then.
+    assert maps() <= steady[0] + 8
+    assert descriptors() <= steady[1] + 2
+
+
+def test_a_loaded_model_can_be_trained_and_cast(store: Store) -> None:
+    copy = build(store, put(store, model()))
+    copy.train()
+    loss = copy(torch.randn(4, 300)).square().mean()
+    loss.backward()
+    torch.optim.SGD(copy.parameters(), lr=0.1).step()
+    assert copy.half()[0].weight.dtype == torch.float16
+    assert not torch.equal(copy[0].weight.float(), model()[0].weight)
+
+
+# --- what only Ray can do wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_two_processes_share_one_copy(ray_store: Store) -> None:
+    big = torch.nn.Linear(3000, 3000).eval()
+    digest = put(ray_store, big, "big")
+    script = """
+import gc, sys
+from zcinfer.loading import load_ref, open_store
+from zcinfer.memory import process_memory
+from zcinfer.store import ModelRef
+ref = ModelRef("big", 1, sys.argv[1], 0, sys.argv[2])
+import torch
+torch.ones(10).sum()
+open_store(ref.store)
+gc.collect()
+before = process_memory()
+m = load_ref(ref)
+total = sum(p.detach().sum() for p in m.parameters())
+after = process_memory()
+print(after.private - before.private, after.shared - before.shared)
+"""
+    private, shared = map(int, run(script, digest, ray_store.url).split())
+    assert private < 5e6
+    assert shared > 30e6
+
+
+@pytest.mark.ray
+def test_without_the_raylets_file_pages_are_read_only(ray_store: Store) -> None:
+    digest = put(ray_store, model())
+    script = """
+import sys
+from zcinfer import sharing
+sharing._open_file_of_raylet = lambda device, inode: None  # as for another user's raylet
+from zcinfer.loading import load_ref, loads
+from zcinfer.store import ModelRef
+m = load_ref(ModelRef("model", 1, sys.argv[1], 0, sys.argv[2]))
+assert loads[-1].protection == "read-only", loads[-1]
+print(float(m[0].weight.detach().abs().sum()), flush=True)
+m[0].weight.data.zero_()
+print("written")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, digest, ray_store.url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -11, done.stderr
+    assert "written" not in done.stdout
+    assert torch.equal(build(ray_store, digest)[0].weight, model()[0].weight)
+
+
+@pytest.mark.ray
+def test_a_killed_holder_is_replaced_and_puts_again(ray_store: Any) -> None:
+    import ray
+
+    digest = put(ray_store, model(seed=3), "held")
+    kept = build(ray_store, digest)
+    ray.kill(ray_store._holder, no_restart=False)
+    assert torch.equal(kept[0].weight, model(seed=3)[0].weight)
+    # From another process, which has nothing mapped yet.
+    script = """
+import sys
+from zcinfer.loading import load_ref, loads
+from zcinfer.store import ModelRef
+m = load_ref(ModelRef("held", 1, sys.argv[1], 0, sys.argv[2]))
+print(loads[-1].store)
+"""
+    assert run(script, digest, ray_store.url).strip() == "ray"
+
+
+@pytest.mark.ray
+def test_a_full_store_gives_sizes_and_names(ray_store: Store) -> None:
+    from zcinfer.errors import StoreFull
+
+    put(ray_store, model(seed=4), "small")
+    too_big = torch.nn.Linear(8000, 8000, bias=False).eval()
+    with pytest.raises(StoreFull, match=r"256 MB does not fit.*200 MB.*small@1.*zcinfer rm"):
+        catalog.put(too_big, "too-big")
+    # Refused before it begins: nothing is left to delete.
+    assert "too-big" not in Registry(ray_store.registry.directory).names()
+
+
+@pytest.mark.ray
+def test_a_ref_is_small_and_picklable(ray_store: Store) -> None:
+    ref = catalog.put(model(), "refs")
+    assert pickle.loads(pickle.dumps(ref)) == ref
+    assert len(pickle.dumps(ref)) < 500
+    assert hash(ref) == hash(catalog.put(model(), "refs"))
+
+
+@pytest.mark.ray
+def test_deleting_frees_the_shared_memory(ray_store: Any) -> None:
+    catalog.put(torch.nn.Linear(3000, 3000, bias=False).eval(), "gone")
+    used = ray_store.usage()[1]
+    catalog.delete("gone")
+    assert ray_store.usage()[1] <= used - 36e6
+    wait_until(lambda: "gone" not in set(catalog.models()["name"]))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:port", "no-such-host.invalid:6379"])
+def test_an_address_where_nothing_answers_is_refused_in_time(address: str, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with (
+        dask.config.set({"zcinfer.registry": str(tmp_path)}),
+        pytest.raises(StoreUnavailable, match="no Ray answers"),
+    ):
+        catalog.connect(f"ray:{address}")
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.ray
+def test_a_server_that_is_no_ray_is_refused_in_time(tmp_path: Path) -> None:
+    script = """
+import socket, sys, time
+import zcinfer as zc
+from zcinfer import ray_store
+server = socket.create_server(("127.0.0.1", 0))
+begin = time.monotonic()
+try:
+    zc.connect("ray:127.0.0.1:%d" % server.getsockname()[1])
+except zc.errors.StoreUnavailable as error:
+    print(time.monotonic() - begin)
+sys.stdout.flush()
+"""
+    assert float(run(script)) < 10
+
+
+@pytest.mark.ray
+def test_a_dead_raylet_is_told_in_time_and_the_archive_serves(tmp_path: Path) -> None:
+    script = """
+import sys, time, psutil
+import torch, zcinfer as zc
+from zcinfer import loading
+store = zc.connect("ray")
+first = torch.nn.Linear(300, 300).eval()
+zc.put(first, "first")
+kept = zc.load("first")
+ref = zc.put(torch.nn.Linear(301, 300).eval(), "second")
+ours = psutil.Process(store._own._keeper.pid).children(recursive=True)
+(raylet,) = [process for process in ours if process.name() == "raylet"]
+raylet.kill()
+raylet.wait(10)
+begin = time.monotonic()
+model = loading.load_ref(ref)
+print(loading.loads[-1].store, time.monotonic() - begin, torch.equal(kept.weight, first.weight))
+"""
+    kind, seconds, kept = run(script, timeout=100).split()[-3:]
+    assert (kind, kept) == ("file", "True")
+    assert float(seconds) < 20
+
+
+@pytest.mark.ray
+def test_a_process_moves_from_one_ray_to_another(ray_store: Store) -> None:
+    digest = put(ray_store, model(), "moves")
+    script = """
+import gc, sys
+import torch
+from zcinfer import catalog, loading
+from zcinfer.store import ModelRef
+ref = ModelRef("moves", 1, sys.argv[1], 0, sys.argv[2])
+first = loading.load_ref(ref)
+total = float(first[0].weight.detach().double().sum())
+own = catalog.connect("ray")  # its own: no Dask client, no RAY_ADDRESS
+assert own.url != ref.store
+second = catalog.load(catalog.put(torch.nn.Linear(300, 300).eval(), "mine"))
+assert float(first[0].weight.detach().double().sum()) == total
+del first
+gc.collect()
+back = loading.load_ref(ref)
+assert loading.loads[-1].store == "ray", loading.loads[-1]
+print(float(back[0].weight.detach().double().sum()) == total, second(torch.ones(2, 300)).shape)
+"""
+    assert run(script, digest, ray_store.url).strip() == "True torch.Size([2, 300])"
+
+
+def test_a_ref_names_its_version() -> None:
+    assert str(ModelRef("bert", 3, "a" * 64, 1, "file:/x")) == "bert@3"
+
+
+def test_the_last_loads_are_recorded(registry: Path) -> None:
+    catalog.put(model(), "recorded")
+    catalog.load("recorded")
+    load = loading.loads[-1]
+    assert (load.model, load.store, load.protection) == ("recorded@1", "file", "copy-on-write")
+    assert set(load.seconds) >= {"fetch", "map", "join"}
+    assert load.shared > 300 * 300 * 4
