@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .errors import InputError
-from .predictor import Output, Predictor, rows_of
+from .errors import InputError, SettingsError
+from .predictor import Output, Predictor, first_rows, refuse_masked, rows_of
 from .store import ModelRef
 
 
@@ -28,7 +29,7 @@ def predict(
     Parameters
     ----------
     model : str, ModelRef or Predictor
-        A name is resolved now, to one version. (A `Predictor` brings its own settings.)
+        A name is resolved now, to one version. A `Predictor` brings its own settings: give no others here.
     *arrays : numpy.ndarray or dask.array.Array
         ``(rows, ...)`` each; passed to the model by position.
     batch_size : int or "auto"
@@ -53,7 +54,7 @@ def predict(
 
     Raises
     ------
-    ModelNotFound, TrainingModeError
+    ModelNotFound, TrainingModeError, SettingsError
     InputError
         The model refuses such rows (found and expected are named), or lengths differ.
     OutputError
@@ -83,12 +84,15 @@ def predict(
                 f"input {number} is a {type(array).__name__}: give a NumPy or dask array, for example np.asarray(x)"
             )
     if isinstance(model, Predictor):
-        predictor = model
+        if constants or (batch_size, output, method, training, device) != ("auto", None, "forward", "refuse", None):
+            raise SettingsError("a Predictor brings its own settings: give them to it, and not to predict")
+        predictor = copy.copy(model)
     else:
         predictor = Predictor(
             model, batch_size=batch_size, output=output, method=method, training=training, device=device, **constants
         )
-    predictor.keywords = tuple(named)
+    if named:
+        predictor.keywords = tuple(named)
     if all(isinstance(array, np.ndarray) for array in every):
         return predictor.run_block(every, "the rows given")
     return _lazy(predictor, every)
@@ -98,14 +102,12 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
     import dask.array as da
     from dask.layers import ArrayValuesDep
 
-    row_chunks = next(array.chunks[0] for array in inputs if isinstance(array, da.Array))
-    arrays = []
+    specs = [rows_of(array) for array in inputs]
     for array in inputs:
-        if not isinstance(array, da.Array):
-            array = da.from_array(array, chunks=(min(row_chunks[0], max(len(array), 1)), *array.shape[1:]))
-        arrays.append(_rechunk(array, row_chunks))
-    specs = [rows_of(array) for array in arrays]
-    bound = predictor.bind(specs, lambda: [np.asarray(array[:2]) for array in arrays])
+        refuse_masked(array if isinstance(array, np.ndarray) else array._meta)
+    row_chunks = next(array.chunks[0] for array in inputs if isinstance(array, da.Array))
+    arrays = [_rechunk(array, row_chunks) for array in inputs]
+    bound = predictor.bind(specs, lambda: [first_rows(array) for array in arrays])
     assert bound.binding is not None
     result = bound.binding.output
 
@@ -136,12 +138,16 @@ def _run_block(predictor: Predictor, where: tuple[int, int | None], *blocks: Any
 
 
 def _rechunk(array: Any, row_chunks: tuple[Any, ...]) -> Any:
-    """The array in the given row chunks, with every other axis in one chunk."""
-    lengths, expected = sum(array.chunks[0]), sum(row_chunks)
-    if lengths == lengths and expected == expected and lengths != expected:
-        raise InputError(f"the inputs have different numbers of rows: {lengths:,} and {expected:,}")
-    known = all(length == length for length in (*array.chunks[0], *row_chunks))
-    if not known and len(array.chunks[0]) != len(row_chunks):
+    """The array as a dask array in the given row chunks, with every other axis in one chunk."""
+    import dask.array as da
+
+    rows, expected = array.shape[0], sum(row_chunks)
+    known = rows == rows and expected == expected
+    if known and rows != expected:
+        raise InputError(f"the inputs have different numbers of rows: {rows:,} and {expected:,}")
+    if known and isinstance(array, np.ndarray):
+        return da.from_array(array, chunks=(row_chunks, *((length,) for length in array.shape[1:])))
+    if not known and (isinstance(array, np.ndarray) or len(array.chunks[0]) != len(row_chunks)):
         raise InputError(
             "the inputs have unknown and different row chunks: call compute_chunk_sizes() on them, or rechunk them alike"
         )

@@ -85,6 +85,9 @@ def connect(store: str | None = None) -> Store:
             drop_store(_current)
         keep_store(chosen)
         _current = chosen
+        # Registered last, to run first: before what started a Ray of our own ends it.
+        atexit.unregister(disconnect)
+        atexit.register(disconnect)
         return chosen
 
 
@@ -335,5 +338,3 @@ def _in_dask_worker() -> bool:
         return False
     return True
 
-
-atexit.register(disconnect)

@@ -107,6 +107,8 @@ class OwnRay:
         environment[MARK] = str(directory)
         # The way to have Ray bind the loopback interface alone, as it does on macOS and Windows
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # With ray[default] installed, a second of the start
+        environment["RAY_enable_metrics_collection"] = "0"
         # Ray leaves GPUs visible to actors that ask for none
         environment["CUDA_VISIBLE_DEVICES"] = ""
         package = str(Path(__file__).resolve().parents[1])
@@ -133,9 +135,7 @@ class OwnRay:
                 raise self._failure("was not ready in time. Raise the setting zcinfer.ray.start-timeout")
             received = os.read(self._keeper.stdout.fileno(), 4096)
             if not received:
-                raise self._failure(
-                    "lost its keeper process, killed by something else, while it started. Start it again"
-                )
+                raise self._failure("lost its keeper process while it started: something killed it. Start it again")
             report += received
         answer = json.loads(report)
         if "port" not in answer:

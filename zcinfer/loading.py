@@ -80,9 +80,6 @@ def open_store(url: str) -> Store:
             elif kind == "ray":
                 from .ray_store import RayStore  # a second of imports, for those who use it
 
-                # A process is in one Ray at a time. What is loaded from the last one stays loaded.
-                for other in [other for other in _stores if other.startswith("ray:")]:
-                    _stores.pop(other).close()
                 _stores[url] = RayStore.open(url)
             else:
                 raise ZcinferError(f"{url!r} is no store's URL: it begins with 'ray:' or 'file:'")

@@ -132,12 +132,16 @@ class Predictor:
         keywords: Sequence[str] = (),
         **constants: Any,
     ):
-        if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size > 0):
+        if batch_size != "auto" and not (isinstance(batch_size, int | np.integer) and batch_size > 0):
             raise SettingsError(f"batch_size is {batch_size!r}: give a number of rows, or 'auto'")
         if training not in ("refuse", "eval", "keep"):
             raise SettingsError(f"training is {training!r}: choose 'refuse', 'eval' or 'keep'")
+        try:
+            torch.device(device or "cpu")
+        except RuntimeError as error:
+            raise SettingsError(f"device is {device!r}: choose one like 'cpu', 'cuda' or 'cuda:1'") from error
         self.ref = ready(model)
-        self.batch_size = batch_size
+        self.batch_size = batch_size if isinstance(batch_size, str) else int(batch_size)
         self.output = output
         self.method = method
         self.training = training
@@ -244,18 +248,24 @@ class Predictor:
         Parameters
         ----------
         *arrays, **inputs : dask.array.Array
-            As they will be passed; all axes but the first in one chunk.
+            As they will be passed; all axes but the first in one chunk, and all of as many axes, since ``map_blocks``
+            aligns the last ones. (`predict` takes any.)
         """
         every = [*arrays, *inputs.values()]
-        self.keywords = tuple(inputs)
+        if inputs:
+            self.keywords = tuple(inputs)
+        if len({array.ndim for array in every}) != 1:
+            raise InputError("map_blocks would not align the rows of inputs with different numbers of axes: use zcinfer.predict")
         for array in every:
+            if not hasattr(array, "chunks"):
+                raise InputError(f"an input is a {type(array).__name__}: give dask arrays, or call the predictor itself")
             if any(len(lengths) > 1 for lengths in array.chunks[1:]):
                 axes = {axis: -1 for axis in range(1, array.ndim)}
                 raise InputError(f"the axes after the first are cut into several chunks: use x.rechunk({axes})")
-        binding = self.bind([rows_of(a) for a in every], lambda: [np.asarray(a[:2]) for a in every]).binding
+        binding = self.bind([rows_of(a) for a in every], lambda: [first_rows(a) for a in every]).binding
         assert binding is not None
         self.binding = binding
-        shape, ndim = binding.output.shape, max(a.ndim for a in every)
+        shape, ndim = binding.output.shape, every[0].ndim
         return {
             "dtype": binding.output.dtype,
             "meta": np.empty((0,) * (1 + len(shape)), binding.output.dtype),
@@ -285,8 +295,9 @@ class Predictor:
         if inputs:
             predictor = copy.copy(self)
             predictor.keywords = tuple(inputs)
-        where = f"block {block_id[0]}" if block_id is not None else "the rows given"
-        return predictor.run_block((*blocks, *inputs.values()), where)
+        if block_id is None:
+            return predictor.run_block((*blocks, *inputs.values()), "the rows given")
+        return predictor.run_block((*blocks, *inputs.values()), f"block {block_id[0]}", first_row=None)
 
     def run_block(self, blocks: Sequence[Array], where: str, first_row: int | None = 0) -> Array:
         """Run the model on one block.
@@ -301,10 +312,10 @@ class Predictor:
             Number of the block's first row in the whole array; None: not known.
         """
         blocks = [_as_array(block, self._input_name(number, len(blocks))) for number, block in enumerate(blocks)]
+        found = tuple(rows_of(block) for block in blocks)
         lengths = sorted({len(block) for block in blocks})
         if len(lengths) > 1:
             raise InputError(f"{where}: the inputs have different numbers of rows, {lengths}")
-        found = tuple(rows_of(block) for block in blocks)
         bound = self if self.binding and self.binding.inputs == found else self.bind(found, lambda: blocks)
         binding = bound.binding
         assert binding is not None
@@ -312,22 +323,28 @@ class Predictor:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if lengths[0] == 0:
             return result
-        with residents.lend(self.ref, device, self.training) as model, torch.inference_mode():
-            for start in range(0, lengths[0], binding.batch_size):
-                stop = min(start + binding.batch_size, lengths[0])
-                try:
-                    tensors = [_tensor(b[start:stop], c, device) for b, c in zip(blocks, binding.casts, strict=True)]
-                    batch = _numpy(bound._forward(model, tensors))
-                except Exception as error:
-                    raise BlockError(
-                        f"{where}, rows {_span(start, stop, first_row)}, of {self.ref}: {explain(error)}"
-                    ) from error
-                if batch.shape != (stop - start, *binding.output.shape):
-                    raise BlockError(
-                        f"{where}, rows {_span(start, stop, first_row)}, of {self.ref}: the output has shape "
-                        f"{batch.shape}, expected ({stop - start}, ...) as {binding.output}, found before the job began"
-                    )
-                result[start:stop] = batch
+        try:
+            with residents.lend(self.ref, device, self.training) as model, torch.inference_mode():
+                for start in range(0, lengths[0], binding.batch_size):
+                    stop = min(start + binding.batch_size, lengths[0])
+                    span = f"{where}, rows {_span(start, stop, first_row)}, of {self.ref}"
+                    try:
+                        tensors = [_tensor(b[start:stop], c, device) for b, c in zip(blocks, binding.casts, strict=True)]
+                        batch = _numpy(bound._forward(model, tensors))
+                    except Exception as error:
+                        raise BlockError(f"{span}: {explain(error)}") from error
+                    if stop - start == 1 and batch.shape == binding.output.shape:
+                        batch = batch[None]  # squeezed away by the model, with axes that it means to
+                    if batch.shape != (stop - start, *binding.output.shape):
+                        raise BlockError(
+                            f"{span}: the output has shape {batch.shape}, expected ({stop - start}, ...) as "
+                            f"{binding.output}, found before the job began"
+                        )
+                    result[start:stop] = batch
+        except ZcinferError:
+            raise
+        except Exception as error:
+            raise BlockError(f"{where}: {self.ref} cannot be used on {device}: {explain(error)}") from error
         return result
 
     def _forward(self, model: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -381,9 +398,21 @@ def rows_of(array: Any) -> Rows:
     return Rows(tuple(array.shape[1:]), array.dtype.newbyteorder("="))
 
 
-def _as_array(block: Any, name: str) -> Array:
-    if isinstance(block, np.ma.MaskedArray):
+def first_rows(array: Any) -> Array:
+    """Some of the first rows of a NumPy or dask array, computed; none where the first block is empty."""
+    known = array.shape[0] == array.shape[0]
+    rows: Array = np.asarray(array[:2] if known else array.blocks[0])
+    return rows
+
+
+def refuse_masked(array: Any, name: str = "an input") -> None:
+    """Refuse an array of which values are to be skipped."""
+    if isinstance(array, np.ma.MaskedArray):
         raise InputError(f"{name} is a masked array, and a model cannot skip values: fill it first, with x.filled(value)")
+
+
+def _as_array(block: Any, name: str) -> Array:
+    refuse_masked(block, name)
     if not isinstance(block, np.ndarray):
         raise InputError(f"{name} is a {type(block).__name__}: give a NumPy or dask array, for example np.asarray(x)")
     return block
@@ -447,6 +476,8 @@ def _outputs(output: Any) -> str:
 
 def _rows_axis(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], rows: tuple[int, int], ref: ModelRef) -> Rows:
     (first, dtype), (second, _) = shapes
+    if rows[0] == 1 and first == second[1:]:
+        first = (1, *first)  # squeezed away by the model, with axes that it means to
     if not first or (first[0], second[0]) != rows or first[1:] != second[1:]:
         raise OutputError(
             f"the output of {ref} has no row axis: {rows[0]} rows give shape {first}, {rows[1]} give {second}, expected "
@@ -458,7 +489,7 @@ def _rows_axis(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], rows: tupl
 def _tensor(block: Array, cast: str, device: str) -> torch.Tensor:
     # Always a copy: a model may write to its input, which other tasks, or the caller, still use. It also takes
     # read-only, strided, Fortran-ordered and big-endian blocks.
-    dtype = block.dtype.newbyteorder("=") if cast == "bfloat16" else np.dtype(cast)
+    dtype = np.dtype(cast) if cast != "bfloat16" else block.dtype.newbyteorder("=") if block.itemsize <= 8 else np.float64
     tensor = torch.from_numpy(np.array(block, dtype=dtype, order="C", copy=True))
     return tensor.to(device=device, dtype=getattr(torch, cast))
 

@@ -1,6 +1,7 @@
 """Running a model without weights, to learn what it takes and gives; and saying where in it an error arose.
 
-Not for real rows. Torch's fake tensors check shapes but not every dtype, so the strict operators are checked here.
+Not for real rows. Torch's fake tensors check shapes but few dtypes: only an operator's kernel knows which it takes, so
+those that get other than floating tensors are tried on zeros as well.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .description import Description
 from .parts import join_fake
 
-# Operators whose tensors must all be floating or all be integers; others promote, or take integers as indices.
+# Operators whose tensors must all be floating, or all complex, or all integers, whatever their size; masks may be boolean.
 _STRICT = (
     "mm addmm bmm baddbmm addbmm mv addmv dot linear convolution _convolution native_batch_norm "
     "_native_batch_norm_legit _native_batch_norm_legit_no_training native_layer_norm native_group_norm "
-    "mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math"
+    "mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
+    "_native_multi_head_attention _transformer_encoder_layer_fwd"
 ).split()
+
+# Elements of an operator's tensors up to which it is tried on real zeros: milliseconds.
+_SMALL = 1 << 22
 
 # What a layer says of its input, by the attribute that says it.
 _EXPECTS = ("in_features", "in_channels", "input_size", "normalized_shape", "num_features", "num_embeddings", "embed_dim")
@@ -30,15 +36,26 @@ _EXPECTS = ("in_features", "in_channels", "input_size", "normalized_shape", "num
 
 class _DtypeCheck(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         if name in _STRICT:
-            dtypes = {tensor.dtype for tensor in tensors if tensor.dtype != torch.bool}
-            if len({dtype.is_floating_point or dtype.is_complex for dtype in dtypes}) > 1:
-                raise TypeError(f"{name} of tensors of {' and '.join(sorted(map(str, dtypes)))}")
+            masked = "attention" in name or "transformer" in name
+            strict = [t.dtype for n, t in enumerate(tensors) if not (masked and n > 0 and t.dtype == torch.bool)]
+            if len({(dtype.is_floating_point, dtype.is_complex) for dtype in strict}) > 1:
+                raise TypeError(f"{name} of tensors of {' and '.join(sorted({str(dtype) for dtype in strict}))}")
         elif name == "embedding" and tensors[1].dtype not in (torch.int32, torch.int64):
             raise TypeError(f"embedding with indices of {tensors[1].dtype}")
-        return func(*args, **(kwargs or {}))
+        elif any(not t.is_floating_point() for t in tensors) and sum(t.numel() for t in tensors) <= _SMALL:
+            with _disable_current_modes():
+                func(*tree_map_only(torch.Tensor, _zeros, args), **tree_map_only(torch.Tensor, _zeros, kwargs))
+        return func(*args, **kwargs)
+
+
+def _zeros(fake: torch.Tensor) -> torch.Tensor:
+    extent = sum((size - 1) * stride for size, stride in zip(fake.shape, fake.stride(), strict=True)) + 1
+    zeros = torch.zeros(fake.storage_offset() + extent if fake.numel() else 0, dtype=fake.dtype)
+    return zeros.as_strided(fake.shape, fake.stride(), fake.storage_offset())
 
 
 @contextmanager

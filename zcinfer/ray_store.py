@@ -124,11 +124,14 @@ class RayStore:
         self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
         begin = perf_counter()
         _probe(address, self._timeout)
-        self._within(self._timeout, lambda: _connect(address, self._environment))
+        _leave()
+        self._within(self._timeout, lambda: _connect(address, self._environment), connecting=True)
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
-        self._holder, raylet = self._within(patience, _find_holder)
+        self._holder, raylet = self._within(patience, lambda: _find_holder(ours=bool(self._environment)))
         self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        global _connected
+        _connected = self
         if raylet is not None:
             threading.Thread(target=self._watch, args=(raylet,), daemon=True, name="zcinfer-raylet-watch").start()
         self.connect_seconds = perf_counter() - begin
@@ -209,10 +212,8 @@ class RayStore:
         os.close(self._closing)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._wake)
-        # With the raylet gone, shutdown may hang as every other call.
-        _join_within(self._timeout, ray.shutdown)
+        if _connected is self:
+            _leave()
         if self._own is not None:
             self._own.stop()
 
@@ -228,8 +229,9 @@ class RayStore:
             nbytes = 0
         return self._timeout + nbytes / 50e6
 
-    def _within(self, seconds: float, function: Callable[[], T]) -> T:
-        if self._lost.is_set():
+    def _within(self, seconds: float, function: Callable[[], T], connecting: bool = False) -> T:
+        # Not connected, Ray would start a cluster of its own at the next call, open to the network.
+        if self._lost.is_set() or not (connecting or ray.is_initialized()):
             raise StoreUnavailable(f"Ray at {self.address} has died. Start another with zc.connect().")
         outcome = _join_within(seconds, function)
         if outcome is None:
@@ -248,6 +250,23 @@ class RayStore:
         if isinstance(ours, ZcinferError):
             raise ours
         raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+
+# A process is in one Ray at a time.
+_connected: RayStore | None = None
+
+
+def _leave() -> None:
+    """Disconnect from the Ray this process is in. What is loaded from it stays loaded."""
+    global _connected
+    store, _connected = _connected, None
+    if store is None:
+        return
+    store._lost.set()
+    with contextlib.suppress(OSError):
+        os.close(store._wake)
+    # With the raylet gone, shutdown may hang as every other call.
+    _join_within(store._timeout, ray.shutdown)
 
 
 def _probe(address: str, timeout: float) -> None:
@@ -285,7 +304,7 @@ def _connect(address: str, environment: dict[str, str]) -> None:
     )
 
 
-def _find_holder() -> tuple[Any, int | None]:
+def _find_holder(ours: bool) -> tuple[Any, int | None]:
     capacity = min(
         (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
     )
@@ -298,8 +317,9 @@ def _find_holder() -> tuple[Any, int | None]:
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
-            # Ray leaves an actor without GPUs all of them to see; the holder must not open one.
-            runtime_env={"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+            # Ray leaves an actor without GPUs all of them to see; the holder must not open one. Our own Ray hides them
+            # itself: an environment of its own would keep the holder from the worker process that is there already.
+            runtime_env={} if ours else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         )
         .remote(capacity)
     )
