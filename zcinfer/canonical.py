@@ -5,21 +5,33 @@ random tracker ids, and memo references depend on object identity. So the object
 order and fed to a hash. Not for storage: nothing is ever rebuilt from what this module writes.
 
 Classes and functions count by qualified name and by a hash of their compiled code (so a changed ``forward`` is a
-new version); those that travel by value, as classes of ``__main__`` do, also by the globals they use. Code is
-compared as bytecode: digests agree between processes of one Python minor version.
+new version); those that travel by value, as classes of ``__main__`` do, also by their other members and by the globals
+they use. Code is compared as bytecode: digests agree between processes of one Python minor version.
 """
 
 from __future__ import annotations
 
 import copyreg
+import dis
+import functools
 import hashlib
+import io
 import struct
 import sys
 import types
-from collections.abc import Callable, Iterable
+import typing
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+try:  # It carries more than pickle does (views of dicts, for one), and what it carries counts.
+    import cloudpickle
+except ImportError:
+    cloudpickle = None
 
 # Of a class's namespace: what the interpreter adds by itself, or what changes without changing behaviour.
 _INCIDENTAL = frozenset(
@@ -27,6 +39,16 @@ _INCIDENTAL = frozenset(
     "__static_attributes__ __firstlineno__ __qualname__ __abstractmethods__ __slotnames__ __parameters__ "
     "__orig_bases__ __type_params__ _abc_impl __dataclass_fields__ __dataclass_params__".split()
 )
+
+# Dictionaries of a module whose keys are torch's count of all hooks that this process ever made.
+_HOOKS = tuple(name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
+
+# Text files would travel as their content, and type variables carry random ids.
+_REDUCERS: dict[type, Callable[[Any], Any]] = {
+    kind: reducer
+    for kind, reducer in (cloudpickle.Pickler.dispatch_table if cloudpickle else copyreg.dispatch_table).items()
+    if kind not in (io.TextIOWrapper, typing.TypeVar)
+}
 
 
 class Canonical:
@@ -50,6 +72,8 @@ class Canonical:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # an id may not be reused while the walk lasts
         self._storages: dict[tuple[Any, ...], int] = {}
+        self._hooks: dict[int, int] = {}  # numbers of hooks in this walk, by torch's
+        self._hook_dicts: set[int] = set()
 
     def hexdigest(self) -> str:
         """Hexadecimal SHA-256 of everything walked so far."""
@@ -62,29 +86,34 @@ class Canonical:
         if atom is not None:
             self._emit(kind.__name__, atom(obj))
             return
+        if kind in (tuple, frozenset) and all(type(item) in _ATOMS for item in obj):
+            self._collection(obj)  # by value: whether two equal ones are one object is up to the compiler
+            return
         number = self._seen.get(id(obj))
         if number is not None:
             self._emit("again", str(number).encode())
             return
         self._seen[id(obj)] = len(self._seen)
         self._alive.append(obj)
-        if kind in (tuple, list):
-            self._sequence(kind.__name__, obj)
+        if id(obj) in self._hook_dicts:
+            self._sequence("hooks", [part for key, hook in obj.items() for part in (self._hook_number(key), hook)])
+        elif kind in (tuple, list, set, frozenset, weakref.WeakSet):
+            self._collection(obj)
         elif kind is dict:
             self._sequence("dict", [part for item in obj.items() for part in item])
-        elif kind in (set, frozenset):
-            self._unordered(kind.__name__, obj)
         elif isinstance(obj, torch.Tensor) and is_plain(obj):
             self._tensor(obj)
         elif isinstance(obj, torch.storage.TypedStorage):
             self._emit("typed-storage", str(obj.dtype).encode())
-            self._storage(obj.untyped())
+            self._storage(obj._untyped_storage)
         elif isinstance(obj, torch.UntypedStorage):
             self._storage(obj)
         elif isinstance(obj, type):
             self._class(obj)
         elif kind is types.FunctionType:
-            self._function(obj, by_value=not is_importable(obj))
+            self._function(obj)
+        elif kind is types.BuiltinFunctionType and isinstance(obj.__self__, types.ModuleType | None):
+            self._reference("builtin", obj.__module__ or "", obj.__qualname__)
         elif kind is types.ModuleType:
             self._reference("module", obj.__name__)
         elif kind is types.CellType:
@@ -98,7 +127,9 @@ class Canonical:
         elif kind is types.MappingProxyType:
             self._sequence("mappingproxy", [dict(obj)])
         elif kind is types.CodeType:
-            self._code(obj)
+            self._emit("code", code_digest(obj))
+        elif kind is RemovableHandle:
+            self._handle(obj)
         else:
             self._reduced(obj)
 
@@ -109,8 +140,8 @@ class Canonical:
         self._hash.update(tag)
         self._hash.update(content)
 
-    def _reference(self, kind: str, module: str, name: str = "") -> None:
-        if module != "__main__":
+    def _reference(self, kind: str, module: str, name: str = "", by_value: bool = False) -> None:
+        if not by_value:
             self.packages.add(module.partition(".")[0])
         self._emit(kind, f"{module}:{name}".encode())
 
@@ -120,15 +151,28 @@ class Canonical:
         for item in items:
             self.add(item)
 
-    def _unordered(self, kind: str, items: Iterable[Any]) -> None:
-        digests = []
-        for item in items:
-            # Each in a hash of its own, sorted; back references would depend on the order, so none are kept.
-            part = Canonical(self._storage_digest)
-            part.add(item)
-            self.packages |= part.packages
-            digests.append(part._hash.digest())
-        self._emit(kind, b"".join(sorted(digests)))
+    def _collection(self, items: Collection[Any]) -> None:
+        kind = type(items).__name__
+        if isinstance(items, tuple | list):
+            self._sequence(kind, items)
+            return
+        # In the order of their digests. That of a thing not met before costs a walk, and a lone one needs none.
+        known = [item for item in items if type(item) in _ATOMS or id(item) in self._seen]
+        new = [item for item in items if type(item) not in _ATOMS and id(item) not in self._seen]
+        new = sorted(new, key=self._digest_of) if len(new) > 1 else new
+        self._sequence(kind, sorted(known, key=self._digest_of) + new)
+
+    def _digest_of(self, item: Any) -> bytes:
+        """Digest of ``item`` as if it came next; the walk forgets that it was here."""
+        kept, self._hash = self._hash, hashlib.sha256()
+        numberings: tuple[dict[Any, int], ...] = (self._seen, self._storages, self._hooks)
+        lengths = [len(numbering) for numbering in numberings]
+        self.add(item)
+        for numbering, length in zip(numberings, lengths, strict=True):
+            while len(numbering) > length:
+                numbering.popitem()
+        digest, self._hash = self._hash.digest(), kept
+        return digest
 
     def _tensor(self, tensor: torch.Tensor) -> None:
         layout = (
@@ -141,6 +185,8 @@ class Canonical:
         )
         self._emit("tensor", repr(layout).encode())
         self._storage(tensor.untyped_storage())
+        if tensor.__dict__:
+            self._sequence("attributes", [tensor.__dict__])
 
     def _storage(self, storage: torch.UntypedStorage) -> None:
         self._alive.append(storage)
@@ -149,59 +195,60 @@ class Canonical:
         self._emit("storage", str(number).encode() + b":" + self._storage_digest(storage))
 
     def _class(self, cls: type) -> None:
-        self._reference("class", cls.__module__, cls.__qualname__)
-        by_value = not is_importable(cls)
-        self._emit("code", class_code(cls))
+        # Classes of the interpreter itself are not all to be found under their names, as NoneType.
+        by_value = not is_importable(cls) and bool(cls.__flags__ & _HEAP_TYPE)
+        self._reference("class", cls.__module__, cls.__qualname__, by_value)
         for base in cls.__bases__:
             if base is not object:
                 self.add(base)
-        if by_value:
-            for name, value in sorted(vars(cls).items()):
-                if name not in _INCIDENTAL:
-                    self._emit("member", name.encode())
-                    self._member(value)
-
-    def _member(self, value: Any) -> None:
-        # A by-value class's own functions travel by value too, whatever their names say.
-        if isinstance(value, types.FunctionType):
-            self._function(value, by_value=True)
-        elif isinstance(value, staticmethod | classmethod):
-            self._member(value.__func__)
-        elif isinstance(value, property):
-            for part in (value.fget, value.fset, value.fdel):
-                self._member(part)
-        elif isinstance(value, types.GetSetDescriptorType | types.MemberDescriptorType):
-            self._emit("slot", b"")
-        else:
-            self.add(value)
-
-    def _function(self, function: types.FunctionType, by_value: bool) -> None:
-        self._reference("function", function.__module__ or "", function.__qualname__)
-        self._emit("code", code_digest(function.__code__))
         if not by_value:
+            self._emit("code", class_code(cls))
             return
-        for part in (function.__defaults__, function.__kwdefaults__, function.__closure__):
+        if type(cls) is not type:
+            self.add(type(cls))
+        for name, value in sorted(vars(cls).items()):
+            if name not in _INCIDENTAL:
+                self._emit("member", name.encode())
+                if not isinstance(value, types.GetSetDescriptorType | types.MemberDescriptorType):
+                    self.add(value)
+
+    def _function(self, function: types.FunctionType) -> None:
+        by_value = not is_importable(function)
+        self._reference("function", function.__module__ or "", function.__qualname__, by_value)
+        if not by_value:
+            self._emit("code", member_code(function))
+            return
+        self._emit("code", code_digest(function.__code__))
+        for part in (function.__defaults__, function.__kwdefaults__, function.__closure__, function.__dict__):
             self.add(part)
         for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
             self._emit("global", name.encode())
             self.add(function.__globals__[name])
 
-    def _code(self, code: types.CodeType) -> None:
-        self._emit("code", code_digest(code))
+    def _handle(self, handle: RemovableHandle) -> None:
+        tables = [table() for table in (handle.hooks_dict_ref, *handle.extra_dict_ref)]
+        self._hook_dicts.update(id(table) for table in tables if table is not None)
+        self._sequence("handle", [self._hook_number(handle.id), *tables])
+
+    def _hook_number(self, key: int) -> int:
+        return self._hooks.setdefault(key, len(self._hooks))
 
     def _reduced(self, obj: Any) -> None:
         """Walk what pickle would store of ``obj``."""
-        reducer = copyreg.dispatch_table.get(type(obj))
-        reduced = reducer(obj) if reducer is not None else obj.__reduce_ex__(4)
+        if isinstance(obj, torch.nn.Module):
+            self._hook_dicts.update(id(table) for name in _HOOKS if (table := vars(obj).get(name)) is not None)
+        reduced = reduce(obj)
         self._alive.append(reduced)
         if isinstance(reduced, str):
             self._reference("global", getattr(obj, "__module__", None) or type(obj).__module__, reduced)
+            self._emit("code", member_code(obj))
             return
-        function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+        function, arguments, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
+        if isinstance(obj, set | frozenset):
+            arguments = [frozenset(part) if isinstance(part, list) else part for part in arguments]
         self._emit("object", type(obj).__qualname__.encode())
-        self.add(function)
-        self.add(arguments)
-        self.add(state)
+        for part in (function, arguments, state, setter):
+            self.add(part)
         self._sequence("items", items or ())
         self._sequence("pairs", [part for pair in pairs or () for part in pair])
 
@@ -214,21 +261,21 @@ _ATOMS: dict[type, Callable[[Any], bytes]] = {
     complex: lambda value: struct.pack("<dd", value.real, value.imag),
     str: lambda value: value.encode("utf-8", "surrogatepass"),
     bytes: lambda value: value,
-    bytearray: bytes,
     type(Ellipsis): lambda _: b"",
     type(NotImplemented): lambda _: b"",
     torch.dtype: lambda value: str(value).encode(),
     torch.device: lambda value: str(value).encode(),
     torch.Size: lambda value: repr(tuple(value)).encode(),
-    types.BuiltinFunctionType: lambda value: f"{value.__module__}:{value.__qualname__}".encode(),
 }
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a table entry over a storage says all there is to say about ``tensor``.
 
-    Others (sparse, quantised, subclasses, conjugate views, tensors with attributes of their own) go the way of
-    torch's own pickling, which comes down to storages and plain tensors again.
+    But for attributes of its own in ``__dict__``. Others (sparse, quantised, subclasses, conjugate views) go the way
+    of torch's own pickling, which comes down to storages and plain tensors again.
     """
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -238,9 +285,34 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_nested
         and not tensor.is_conj()
         and not tensor.is_neg()
-        and not tensor.__dict__
         and not tensor._backward_hooks
     )
+
+
+def reduce(obj: Any) -> Any:
+    """What pickle stores of ``obj``, which it does not handle by itself.
+
+    Modules with parametrizations have a class of their own each, made by torch, whose ``__getstate__`` only refuses.
+    """
+    if isinstance(obj, torch.nn.Module) and is_parametrized(obj):
+        base: Any = type(obj).__bases__[0]
+        names = tuple(vars(obj)["_modules"]["parametrizations"])
+        return _new_parametrized, (base, names), base.__getstate__(obj)
+    reducer = _REDUCERS.get(type(obj))
+    return reducer(obj) if reducer is not None else obj.__reduce_ex__(4)
+
+
+def is_parametrized(module: torch.nn.Module) -> bool:
+    """Whether `torch.nn.utils.parametrize` has changed the module's class."""
+    return type(module).__module__ == parametrize.__name__ and not is_importable(type(module))
+
+
+def _new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
 
 
 def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:
@@ -255,33 +327,54 @@ def is_importable(obj: Any) -> bool:
     module = getattr(obj, "__module__", None)
     if module is None or module == "__main__" or module not in sys.modules:
         return False
+    if cloudpickle is not None and any(
+        f"{module}.".startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value()
+    ):
+        return False
     found: Any = sys.modules[module]
     for name in obj.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is obj
 
 
-_CLASS_CODE: dict[type, bytes] = {}
-
-
+@functools.cache
 def class_code(cls: type) -> bytes:
-    """SHA-256 of the compiled code of the functions that ``cls`` itself defines."""
-    cached = _CLASS_CODE.get(cls)
-    if cached is not None:
-        return cached
+    """SHA-256 of the compiled code of the functions that an importable ``cls`` itself defines."""
     total = hashlib.sha256()
     for name, value in sorted(vars(cls).items()):
-        if isinstance(value, staticmethod | classmethod):
-            value = value.__func__
-        parts = (value.fget, value.fset, value.fdel) if isinstance(value, property) else (value,)
-        for part in parts:
-            code = getattr(part, "__code__", None)
-            if isinstance(code, types.CodeType):
-                total.update(name.encode() + b"\0" + code_digest(code))
-    # Only importable classes keep their code for good; those of __main__ may be patched between two puts.
-    if is_importable(cls):
-        _CLASS_CODE[cls] = total.digest()
+        code = member_code(value)
+        if code:
+            total.update(name.encode() + b"\0" + code)
     return total.digest()
+
+
+def member_code(value: Any) -> bytes:
+    """Code and constant defaults of all functions in a function or class member, decorated or not; or nothing."""
+    return b"".join(_function_codes(value, set()))
+
+
+def _function_codes(value: Any, seen: set[int]) -> Iterator[bytes]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    within: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        yield code_digest(value.__code__)
+        yield _constant((value.__defaults__, tuple((value.__kwdefaults__ or {}).items())))
+        # A decorator that does not say __wrapped__ has what it decorates in its closure.
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        within = [value.__dict__.get("__wrapped__"), *(cell for cell in cells if isinstance(cell, types.FunctionType))]
+    elif isinstance(value, staticmethod | classmethod):
+        yield type(value).__name__.encode()
+        within = [value.__func__]
+    elif isinstance(value, property):
+        within = [value.fget, value.fset, value.fdel]
+    elif isinstance(value, functools.partial | functools.partialmethod | functools.cached_property):
+        within = [value.func]
+    elif isinstance(value, functools._lru_cache_wrapper):
+        within = [value.__wrapped__]
+    for part in within:
+        yield from _function_codes(part, seen)
 
 
 def code_digest(code: types.CodeType) -> bytes:
@@ -289,7 +382,11 @@ def code_digest(code: types.CodeType) -> bytes:
     total = hashlib.sha256(code.co_code)
     total.update(
         repr(
-            (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags, code.co_argcount, code.co_exceptiontable)
+            (
+                (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars),
+                (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
+                (code.co_flags, code.co_exceptiontable),
+            )
         ).encode()
     )
     for constant in code.co_consts:
@@ -298,21 +395,23 @@ def code_digest(code: types.CodeType) -> bytes:
 
 
 def _constant(value: Any) -> bytes:
+    """SHA-256 of a constant; of a thing that a compiler could not have made, its class alone counts."""
     if isinstance(value, types.CodeType):
         return code_digest(value)
     if isinstance(value, frozenset):
         return b"{" + b"".join(sorted(_constant(item) for item in value)) + b"}"
     if isinstance(value, tuple):
         return b"(" + b"".join(_constant(item) for item in value) + b")"
-    return hashlib.sha256(f"{type(value).__name__}:{value!r}".encode()).digest()
+    content = repr(value) if type(value) in _ATOMS or isinstance(value, slice) else ""
+    return hashlib.sha256(f"{type(value).__name__}:{content}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _global_names(code: types.CodeType) -> set[str]:
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= _global_names(constant)
-    return names
+    # Not co_names, which has the names of attributes as well.
+    names = {step.argval for step in dis.get_instructions(code) if "GLOBAL" in step.opname}
+    return names.union(
+        *(_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    )
 
 
 def _filled(cell: types.CellType) -> bool:

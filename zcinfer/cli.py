@@ -144,8 +144,7 @@ def rm(models: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("model")
-@click.argument("source", required=False)
-@click.argument("target")
+@click.argument("paths", nargs=-1, required=True, metavar="[SOURCE] TARGET")
 @click.option("--input", "inputs", multiple=True, metavar="NAME=URL", help="An input by name, instead of SOURCE.")
 @click.option("--output", help="Which output: a name or a position, where the model gives several.")
 @click.option("--method", default="forward", show_default=True, help="Method of the model to call.")
@@ -161,8 +160,7 @@ def rm(models: tuple[str, ...]) -> None:
 @_JSON
 def run(
     model: str,
-    source: str | None,
-    target: str,
+    paths: tuple[str, ...],
     inputs: tuple[str, ...],
     output: str | None,
     method: str,
@@ -185,8 +183,9 @@ def run(
       zcinfer run bert out.zarr --input input_ids=ids.zarr --input attention_mask=mask.zarr
     """
     named = dict(_named(text) for text in inputs)
-    if (source is None) == (not named):
-        raise SettingsError("give either SOURCE, or one --input NAME=URL or more")
+    *source, target = paths
+    if len(source) != (0 if named else 1):
+        raise SettingsError("give SOURCE and TARGET; or TARGET alone, and one --input NAME=URL or more")
     rows: int | str = int(batch_size) if batch_size.isdigit() else batch_size
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
 
@@ -200,7 +199,7 @@ def run(
         catalog.connect(store)
         report = run_job(
             model,
-            named or source,
+            named or source[0],
             target,
             resume=not start_over,
             batch_size=rows,

@@ -23,11 +23,12 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import zarr
+from zarr.storage import StorePath
 
 from .archive import write_file
 from .arrays import predict
 from .config import local_directory
-from .errors import BlockError, InputError, OutputError, ZcinferError
+from .errors import BlockError, InputError, OutputError, SettingsError, ZcinferError
 from .predictor import Output, Predictor
 from .progress import Progress
 from .store import ModelRef
@@ -119,21 +120,35 @@ def run(
     >>> report.shape, report.blocks, run("doc-run", f"{folder}/in.zarr", f"{folder}/out.zarr").computed
     ((100, 2), 4, 0)
     """
+    if block_rows is not None and block_rows < 1:
+        raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
     place = _Target(target)
     place.refuse_foreign()  # before anything is started
     named = isinstance(source, Mapping)
-    opened = {str(name): _open(value, str(name)) for name, value in (source.items() if named else [("input", source)])}
+    sources = {str(name): value for name, value in (source.items() if named else [("input", source)])}
+    if not sources:
+        raise InputError("no input given: name one array or more, with rows along axis 0")
+    for name, value in sources.items():
+        place.refuse_source(value, name)
+    opened = {name: _open(value, name) for name, value in sources.items()}
     rows = block_rows or max(next(iter(opened.values())).chunks[0])
     arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
     predictor = Predictor(
-        model, batch_size=batch_size, output=output, method=method, training=training, device=device, **constants
+        model,
+        batch_size=batch_size,
+        output=output,
+        method=method,
+        training=training,
+        device=device,
+        keywords=tuple(arrays) if named else (),
+        **constants,
     )
     result = predict(predictor, **arrays) if named else predict(predictor, arrays["input"])
     identity = {
         "model": str(predictor.ref),
         "digest": predictor.ref.digest,
         "settings": predictor.fingerprint(),
-        "inputs": {name: _stamp(value) for name, value in (source.items() if named else [("input", source)])},
+        "inputs": {name: _stamp(value) for name, value in sources.items()},
     }
     return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
 
@@ -173,8 +188,10 @@ def write(
     begin = perf_counter()
     place = target if isinstance(target, _Target) else _Target(target)
     lengths = array.chunks[0]
-    if any(length != lengths[0] for length in lengths[:-1]) or lengths[-1] > lengths[0]:
-        raise OutputError(f"the row chunks {lengths[:4]}... have different lengths: rechunk the input, x.rechunk({{0: n}})")
+    if any(length != lengths[0] for length in lengths[:-1]) or not lengths[-1] <= lengths[0]:
+        raise OutputError(
+            f"the row chunks {lengths[:4]}... have different or unknown lengths: rechunk the input, x.rechunk({{0: n}})"
+        )
     manifest = {
         "format": FORMAT,
         "identity": identity,
@@ -217,14 +234,20 @@ class _Target:
 
     def __init__(self, path: str | Path):
         self.path = local_directory(str(path), "the target")
+        if not self.path.name:
+            raise OutputError(f"{self.path} cannot be a target: give the path of a new directory")
         self.partial = self.path.with_name(self.path.name + ".partial")
 
     @contextmanager
     def claim(self, manifest: dict[str, Any], resume: bool) -> Iterator[bool]:
         """Hold the target for this run; yields whether it is complete already."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_name(f".{self.path.name}.lock")
-        with open(lock, "w") as file:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            opened = open(lock, "w")  # noqa: SIM115
+        except OSError as error:
+            raise OutputError(f"nothing can be written to {self.path.parent}: {error}") from error
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The run before may have removed the file between our opening and our locking it.
@@ -243,6 +266,18 @@ class _Target:
         for place in (self.path, self.partial):
             if place.exists() and _manifest_of(place) is None:
                 raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
+
+    def refuse_source(self, source: Any, name: str) -> None:
+        """Refuse a source in the place of the target, where starting over would remove it."""
+        if isinstance(source, zarr.Array):
+            source = source.store_path
+        try:
+            path = local_directory(str(source), name).resolve() if isinstance(source, str | Path | StorePath) else None
+        except SettingsError:
+            return  # another machine's
+        for place in (self.path.resolve(), self.partial.resolve()):
+            if path is not None and (path.is_relative_to(place) or place.is_relative_to(path)):
+                raise OutputError(f"{name} lies at {path}, in the place of the target {place}: choose another target")
 
     def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
         self.refuse_foreign()
@@ -352,6 +387,8 @@ def _client() -> Any:
 
 def _open(source: Any, name: str) -> da.Array:
     if isinstance(source, da.Array):
+        if source.ndim and source.shape[0] != source.shape[0]:
+            raise InputError(f"{name} is a dask array of an unknown number of rows: call compute_chunk_sizes() on it")
         return source
     if isinstance(source, zarr.Array):
         return da.from_zarr(source)

@@ -14,17 +14,17 @@ import io
 import pickle
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .canonical import Canonical, is_plain, storage_key
+from .canonical import Canonical, is_parametrized, is_plain, reduce, storage_key
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
-from .errors import ModelCodeMissing, SplitError
+from .errors import ModelCodeMissing, ModelError, SplitError
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
     from cloudpickle import Pickler as _BasePickler
@@ -97,21 +97,23 @@ def split(model: torch.nn.Module) -> Parts:
             "compiled from"
         )
     taken = _Taken()
-    file = io.BytesIO()
     try:
-        _Splitter(file, taken).dump(model)
+        skeleton = _skeleton(model, taken)
     except Exception as error:
-        raise SplitError(_blame(model, error)) from error
-    skeleton = file.getvalue()
+        raise SplitError(_blame(model, error, lambda part: _skeleton(part, _Taken()))) from error
 
     sources = [storage_bytes(storage) for storage in taken.storages]
     digests = sha256_each(sources)
     by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
-    canonical = Canonical(lambda storage: by_key.get(storage_key(storage)) or sha256_each([storage_bytes(storage)])[0])
+
+    def storage_digest(storage: torch.UntypedStorage) -> bytes:
+        return by_key.get(storage_key(storage)) or sha256_each([storage_bytes(storage)])[0]
+
+    canonical = Canonical(storage_digest)
     try:
         canonical.add(model)
     except Exception as error:
-        raise SplitError(f"the content of {type(model).__name__} cannot be compared: {error}") from error
+        raise SplitError(_blame(model, error, lambda part: Canonical(storage_digest).add(part))) from error
 
     names = _storage_names(model, taken)
     storages, position = [], 0
@@ -157,6 +159,8 @@ def join(skeleton: bytes, description: Description, buffer: Any, *, copy_small: 
     ------
     ModelCodeMissing
         A class of the model cannot be imported here; the message names the package.
+    ModelError
+        The model's own code refuses to be put together.
 
     Examples
     --------
@@ -233,12 +237,42 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
 
     def persistent_id(self, obj: Any) -> int | tuple[int, str] | None:
         if isinstance(obj, torch.Tensor):
-            return self._taken.tensor(obj) if is_plain(obj) else None
+            return self._taken.tensor(obj) if is_plain(obj) and not obj.__dict__ else None
+        if isinstance(obj, _Bare):
+            return self._taken.tensor(obj.tensor)
         if isinstance(obj, torch.storage.TypedStorage):
-            return self._taken.storage(obj.untyped()), str(obj.dtype).removeprefix("torch.")
+            return self._taken.storage(obj._untyped_storage), str(obj.dtype).removeprefix("torch.")
         if isinstance(obj, torch.UntypedStorage):
             return self._taken.storage(obj), ""
         return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor) and is_plain(obj):
+            return _itself, (_Bare(obj),), obj.__dict__, None, None, _set_attributes
+        if isinstance(obj, torch.nn.Module) and is_parametrized(obj):
+            return reduce(obj)
+        override = getattr(super(), "reducer_override", None)
+        return override(obj) if override is not None else NotImplemented
+
+
+class _Bare(NamedTuple):
+    """A tensor without the attributes that somebody has set on it, as `from_pretrained` does on each."""
+
+    tensor: torch.Tensor
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    tensor.__dict__.update(attributes)
+
+
+def _skeleton(obj: Any, taken: _Taken) -> bytes:
+    file = io.BytesIO()
+    _Splitter(file, taken).dump(obj)
+    return file.getvalue()
 
 
 class _Joiner(pickle.Unpickler):
@@ -267,9 +301,15 @@ def _unpickle(
 ) -> torch.nn.Module:
     try:
         model = _Joiner(io.BytesIO(skeleton), tensors, storages).load()
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, AttributeError) as error:
         raise ModelCodeMissing(_missing(description, error)) from error
-    assert isinstance(model, torch.nn.Module)
+    except Exception as error:
+        raise ModelError(
+            f"the code of {description.class_name} does not put the model together again: {type(error).__name__}: "
+            f"{error}. Is it the same version as where the model was published?"
+        ) from error
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"{description.class_name} comes back as a {type(model).__name__}: look at its __reduce__")
     return model
 
 
@@ -330,8 +370,11 @@ def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
 
 
 def _storage_names(model: torch.nn.Module, taken: _Taken) -> list[str]:
+    # Torch's own methods: models override them, also with fewer arguments.
+    parameters = torch.nn.Module.named_parameters(model, remove_duplicate=False)
+    buffers = torch.nn.Module.named_buffers(model, remove_duplicate=False)
     named: dict[int, str] = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [*parameters, *buffers]:
         named.setdefault(id(tensor), name)
     names = [""] * len(taken.storages)
     for tensor, spec in zip(taken.tensors, taken.specs, strict=True):
@@ -360,16 +403,16 @@ def _version(package: str) -> str:
     return metadata.version(distributions[0]) if distributions else ""
 
 
-def _blame(model: torch.nn.Module, error: Exception) -> str:
-    """Say which attribute cannot be pickled: the deepest one that fails alone."""
-    path, culprit = _deepest_failure(type(model).__name__, model, set())
+def _blame(model: torch.nn.Module, error: Exception, attempt: Callable[[Any], object]) -> str:
+    """Say which attribute it is: the deepest one with which the attempt fails alone."""
+    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+        return f"{type(model).__name__} nests too deeply for pickle: raise sys.setrecursionlimit before publishing"
+    path, culprit = _deepest_failure(type(model).__name__, model, attempt, set())
     hint = "Remove it before publishing, or give its class a __getstate__ that leaves it out."
-    if isinstance(error, RecursionError):
-        hint = "The model nests too deeply for pickle: raise sys.setrecursionlimit before publishing."
     return f"{path} (a {type(culprit).__name__}) cannot be taken apart: {error}. {hint}"
 
 
-def _deepest_failure(path: str, obj: Any, seen: set[int]) -> tuple[str, Any]:
+def _deepest_failure(path: str, obj: Any, attempt: Callable[[Any], object], seen: set[int]) -> tuple[str, Any]:
     seen.add(id(obj))
     children: list[tuple[str, Any]] = []
     if isinstance(obj, torch.nn.Module):
@@ -387,7 +430,7 @@ def _deepest_failure(path: str, obj: Any, seen: set[int]) -> tuple[str, Any]:
         if id(child) in seen:
             continue
         try:
-            _Splitter(io.BytesIO(), _Taken()).dump(child)
+            attempt(child)
         except Exception:
-            return _deepest_failure(name, child, seen)
+            return _deepest_failure(name, child, attempt, seen)
     return path, obj
