@@ -5,16 +5,19 @@
 ``skeleton.pkl``
     The module without its tensors. A pickle: opening a model runs code from it.
 ``description.json``
-    The table and the digests of the other two. Its own SHA-256, the *seal*, stands for the whole archive.
+    The table and the digests of the other two. Its own SHA-256, the *seal*, stands for the whole archive; the header
+    of the weights repeats it.
 
 Not for names and versions, nor for whom to trust: see `registry`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +63,15 @@ class Archive:
             with open(directory / WEIGHTS, "rb") as file:
                 header = int.from_bytes(file.read(8), "little")
                 found = os.fstat(file.fileno()).st_size
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArchiveError(f"{directory} is not a complete archive of a model: {error}") from error
         if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
             raise ArchiveError(f"{directory} is not an archive of format {FORMAT}, the one this version reads")
         self.seal = hashlib.sha256(text).hexdigest()
-        self.description = Description.from_json(value)
+        try:
+            self.description = Description.from_json(value)
+        except ArchiveError as error:
+            raise ArchiveError(f"{directory / DESCRIPTION}: {error}. Publish the model again.") from error
         self._data_start = 8 + header
         expected = self._data_start + self.description.nbytes
         if not MARGIN - 8 <= header <= _MAX_HEADER or found != expected:
@@ -82,7 +88,12 @@ class Archive:
         ArchiveError
             They are not what was written.
         """
-        skeleton = (self.directory / SKELETON).read_bytes()
+        try:
+            skeleton = (self.directory / SKELETON).read_bytes()
+        except OSError as error:
+            raise ArchiveError(
+                f"{self.directory / SKELETON} cannot be read: {error}. Publish the model again."
+            ) from error
         if hashlib.sha256(skeleton).hexdigest() != self.description.skeleton_sha256:
             raise ArchiveError(f"{self.directory / SKELETON} was altered: its digest differs. Publish the model again.")
         return skeleton
@@ -90,21 +101,29 @@ class Archive:
     def weights(self) -> Bytes:
         """The flat buffer as a copy-on-write mapping of the file (uint8).
 
-        The content is compared with its digests unless the file is the very one that was written or compared
-        before (same inode, size and times).
-
         Raises
         ------
         ArchiveError
-            It is not what was written.
+            It is not what was written (see `check`).
         """
         return self.padded_weights()[MARGIN:]
 
     def padded_weights(self) -> Bytes:
         """As `weights`, with `MARGIN` bytes of no meaning in front."""
+        self.check()
+        return self._map()
+
+    def check(self) -> None:
+        """Compare all contents with their digests, unless the weights are the very file that was written or compared
+        before (same inode, size and times) and the description is the same.
+
+        Raises
+        ------
+        ArchiveError
+            As `verify`.
+        """
         if self._stamp() != _read_json(self.directory / VERIFIED):
             self.verify()
-        return self._map()
 
     def verify(self) -> None:
         """Compare all contents with their digests.
@@ -112,40 +131,56 @@ class Archive:
         Raises
         ------
         ArchiveError
-            Naming the storages that differ.
+            Naming the file, and the storages that differ.
         """
         self.skeleton()
         stamp = self._stamp()
-        altered = altered_storages(self._map()[MARGIN:], self.description)
+        with open(self.directory / WEIGHTS, "rb") as file:
+            if file.read(self._data_start) != _safetensors_header(self.description, self.seal):
+                raise ArchiveError(
+                    f"{self.directory / DESCRIPTION}, or the header of {WEIGHTS}, was altered: they do not agree. "
+                    "Publish the model again."
+                )
+        buffer = self._map()[MARGIN:]
+        altered = altered_storages(buffer, self.description)
+        altered += [f"the padding at byte {start}" for start, end in _gaps(self.description) if buffer[start:end].any()]
         if altered:
             raise ArchiveError(
                 f"{self.directory / WEIGHTS} was altered: the content of {', '.join(altered[:5])} "
                 f"({len(altered)} of {len(self.description.storages)} storages) differs from its digest. "
                 "Publish the model again."
             )
-        try:
+        # In a registry we may only read it is compared again by the next process.
+        with contextlib.suppress(OSError):
             write_file(self.directory / VERIFIED, json.dumps(stamp).encode())
-        except OSError:
-            pass  # a registry we may only read: it is compared again in the next process
 
     def _map(self) -> Bytes:
-        return map_file(self.directory / WEIGHTS, self._data_start - MARGIN, MARGIN + self.description.nbytes)
+        try:
+            return map_file(self.directory / WEIGHTS, self._data_start - MARGIN, MARGIN + self.description.nbytes)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
 
-    def _stamp(self) -> list[int]:
-        status = os.stat(self.directory / WEIGHTS)
-        return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    def _stamp(self) -> list[int | str]:
+        try:
+            status = os.stat(self.directory / WEIGHTS)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return [self.seal, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+    def _unreadable(self, error: Exception) -> ArchiveError:
+        return ArchiveError(f"{self.directory / WEIGHTS} cannot be read any more: {error}. Publish the model again.")
 
 
 def write_archive(parts: Parts, directory: Path) -> Archive:
     """Write the parts of a model into ``directory``, which must be new or empty; it is complete on return."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    header = _safetensors_header(parts.description)
+    text = json.dumps({"format": FORMAT, **asdict(parts.description)}, indent=1).encode()
+    header = _safetensors_header(parts.description, hashlib.sha256(text).hexdigest())
     with open(directory / WEIGHTS, "xb") as file:
         file.write(header)
         for piece in parts.pieces():
-            file.write(memoryview(piece))
+            file.write(piece)
     (directory / SKELETON).write_bytes(parts.skeleton)
-    text = json.dumps({"format": FORMAT, **asdict(parts.description)}, indent=1).encode()
     write_file(directory / DESCRIPTION, text)
     archive = Archive(directory)
     write_file(directory / VERIFIED, json.dumps(archive._stamp()).encode())
@@ -159,27 +194,34 @@ def write_file(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _safetensors_header(description: Description) -> bytes:
-    """Header of a safetensors file: entries in the buffer's order, padding as entries of its own."""
+def _safetensors_header(description: Description, seal: str) -> bytes:
+    """Header of a safetensors file: the storages as entries, and the padding as entries of its own."""
     whole = {spec.storage: spec for spec in description.tensors if spec.whole}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "zcinfer": description.digest}}
-    position = 0
-
-    def pad(end: int) -> None:
-        if end > position:
-            header[f"zcinfer.pad.{position}"] = {"dtype": "U8", "shape": [end - position], "data_offsets": [position, end]}
-
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "zcinfer": description.digest, "seal": seal}}
     for number, storage in enumerate(description.storages):
-        pad(storage.offset)
-        position = storage.offset + storage.nbytes
         tensor = whole.get(number)
         dtype = _SAFETENSORS_DTYPE.get(tensor.dtype) if tensor else None
         shape = list(tensor.size) if tensor and dtype else [storage.nbytes]
-        header[storage.name] = {"dtype": dtype or "U8", "shape": shape, "data_offsets": [storage.offset, position]}
-    pad(description.nbytes)
+        header[storage.name] = _entry(dtype or "U8", shape, storage.offset, storage.offset + storage.nbytes)
+    for start, end in _gaps(description):
+        header[f"zcinfer.pad.{start}"] = _entry("U8", [end - start], start, end)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % MARGIN)
     return len(text).to_bytes(8, "little") + text
+
+
+def _entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def _gaps(description: Description) -> Iterator[tuple[int, int]]:
+    """Start and end of each padding of the flat buffer."""
+    position = 0
+    for storage in description.storages:
+        if storage.offset > position:
+            yield position, storage.offset
+        position = storage.offset + storage.nbytes
+    yield position, description.nbytes
 
 
 def _read_json(path: Path) -> Any:

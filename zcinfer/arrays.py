@@ -112,7 +112,9 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
     result = bound.binding.output
 
     starts = np.cumsum([0, *row_chunks])[:-1].tolist()
-    where = ArrayValuesDep((row_chunks,), {(i,): (i, None if start != start else int(start)) for i, start in enumerate(starts)})
+    where = ArrayValuesDep(
+        (row_chunks,), {(i,): (i, None if start != start else int(start)) for i, start in enumerate(starts)}
+    )
     # Axis 0 is the rows of all; every other axis is one chunk and belongs to one array alone.
     axes = iter(range(1, 1000))
     pairs: list[Any] = [where, (0,)]
@@ -148,9 +150,7 @@ def _rechunk(array: Any, row_chunks: tuple[Any, ...]) -> Any:
     if known and isinstance(array, np.ndarray):
         return da.from_array(array, chunks=(row_chunks, *((length,) for length in array.shape[1:])))
     if not known and (isinstance(array, np.ndarray) or len(array.chunks[0]) != len(row_chunks)):
-        raise InputError(
-            "the inputs have unknown and different row chunks: call compute_chunk_sizes() on them, or rechunk them alike"
-        )
+        raise InputError("the inputs have unknown and different row chunks: call compute_chunk_sizes() on them")
     chunks: dict[int, Any] = {axis: -1 for axis in range(1, array.ndim) if len(array.chunks[axis]) > 1}
     if known and array.chunks[0] != row_chunks:
         chunks[0] = row_chunks

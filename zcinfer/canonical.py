@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -35,9 +36,12 @@ except ImportError:
 
 # Of a class's namespace: what the interpreter adds by itself, or what changes without changing behaviour.
 _INCIDENTAL = frozenset(
-    "__dict__ __weakref__ __doc__ __module__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
-    "__static_attributes__ __firstlineno__ __qualname__ __abstractmethods__ __slotnames__ __parameters__ "
-    "__orig_bases__ __type_params__ _abc_impl __dataclass_fields__ __dataclass_params__".split()
+    {
+        *("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__slotnames__", "__abstractmethods__"),
+        *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__type_params__"),
+        *("__static_attributes__", "__firstlineno__", "__parameters__", "__orig_bases__", "_abc_impl"),
+        *("__dataclass_fields__", "__dataclass_params__"),
+    }
 )
 
 # Dictionaries of a module whose keys are torch's count of all hooks that this process ever made.
@@ -88,6 +92,9 @@ class Canonical:
             return
         if kind in (tuple, frozenset) and all(type(item) in _ATOMS for item in obj):
             self._collection(obj)  # by value: whether two equal ones are one object is up to the compiler
+            return
+        if isinstance(obj, np.dtype):
+            self._emit("numpy.dtype", repr(obj.__reduce__()[1:]).encode())  # by value: NumPy makes and shares them at will
             return
         number = self._seen.get(id(obj))
         if number is not None:
@@ -207,10 +214,10 @@ class Canonical:
         if type(cls) is not type:
             self.add(type(cls))
         for name, value in sorted(vars(cls).items()):
-            if name not in _INCIDENTAL:
+            # Slots are told by __slots__; what stands for them does not survive every pickle.
+            if name not in _INCIDENTAL and not isinstance(value, types.MemberDescriptorType):
                 self._emit("member", name.encode())
-                if not isinstance(value, types.GetSetDescriptorType | types.MemberDescriptorType):
-                    self.add(value)
+                self.add(value)
 
     def _function(self, function: types.FunctionType) -> None:
         by_value = not is_importable(function)

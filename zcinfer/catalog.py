@@ -337,4 +337,3 @@ def _in_dask_worker() -> bool:
     except ValueError:
         return False
     return True
-

@@ -39,7 +39,7 @@ _STORE = click.option("--store", help="'ray' (default), 'ray:HOST:PORT', 'file' 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group("zcinfer", cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="zcinfer")
 def main() -> None:
     """Run PyTorch models over big arrays.
@@ -190,10 +190,10 @@ def run(
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
 
     from . import catalog
-    from .jobs import check_target
+    from .jobs import check_paths
     from .jobs import run as run_job
 
-    check_target(target)
+    check_paths(named or source[0], target)
     catalog.resolve(model)
     with _cluster(workers, scheduler):
         catalog.connect(store)
@@ -302,7 +302,9 @@ def _import_object(text: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise SettingsError(f"no module {error.name!r}, looked for here ({os.getcwd()}) and among the packages") from error
+        raise SettingsError(
+            f"no module {error.name!r}, looked for here ({os.getcwd()}) and among the packages"
+        ) from error
     for name in path.split("."):
         if not hasattr(found, name):
             raise SettingsError(f"the module {module_name!r} has no {path!r}")

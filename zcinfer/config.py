@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
 try:
     import dask.config as _dask_config
 except ImportError:
-    _dask_config = None  # type: ignore[assignment]
+    _dask_config = None
 else:
     _dask_config.update_defaults({"zcinfer": DEFAULTS})
 

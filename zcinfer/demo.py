@@ -6,6 +6,7 @@ lazily, write to zarr. Not a benchmark: those compare more, and repeat more.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import tempfile
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import zarr
 from click import echo, style
+from dask.system import cpu_count
 
 from . import catalog, corpus, jobs, loading
 from .arrays import predict
@@ -33,6 +35,7 @@ from .store import ModelRef
 NAME = "all-MiniLM-L6-v2"
 BLOCK_ROWS = BATCH_SIZE = 32
 QUICK_PASSAGES = 200
+MOST_WORKERS = 8  # there are 48 blocks
 AGAIN = 7
 
 
@@ -67,7 +70,7 @@ def run_demo(
     dict
         The figures, in JSON types; ``passed`` says whether the results are right.
     """
-    say = (lambda text="": None) if quiet else echo
+    say: Callable[..., None] = (lambda *_, **__: None) if quiet else echo
     signal.signal(signal.SIGTERM, _terminated)
     directory = corpus.model_directory()
     passages = corpus.passages(QUICK_PASSAGES if quick else None)
@@ -80,7 +83,7 @@ def run_demo(
         f"{int(tokens['attention_mask'].sum()):,} tokens"
     )
 
-    workers = workers or max(2, os.cpu_count() or 2)
+    workers = workers or min(max(2, cpu_count()), MOST_WORKERS)
     begin = perf_counter()
     with _output(out) as target, _step(say, f"start {workers} workers") as cluster_step:
         with LocalCluster(n_workers=workers) as cluster, cluster.get_client() as client:
@@ -92,21 +95,26 @@ def run_demo(
                 ref = catalog.put(_from_pretrained(str(directory)), NAME)
                 step(f"{ref}, {ref.nbytes / 1e6:.0f} MB, digest {ref.digest[:12]}")
             ref = catalog.ready(ref)
-            with _step(say, "load it on each worker, beside from_pretrained") as step:
+            with _step(say, "import torch and transformers on each worker") as step:
+                prepared = client.run(prepare_worker, ref)
+                step()
+            with _step(say, "load the model on each, beside from_pretrained") as step:
                 # One after the other: on shared cores two loads at once would measure each other.
                 measured = [
-                    client.run(measure_worker, ref, str(directory), workers=[address])[address]
-                    for address in sorted(client.scheduler_info()["workers"])
+                    prepared[address] | client.run(measure_worker, ref, str(directory), workers=[address])[address]
+                    for address in sorted(prepared)
                 ]
                 step()
 
             embeddings = embed(ref, tokens, groups)
-            report = jobs.write(embeddings, target, {"demo": ref.digest}, resume=False, label="embed", progress=not quiet)
+            report = jobs.write(
+                embeddings, target, {"demo": ref.digest}, resume=False, label="embed", progress=not quiet
+            )
             rate = report.rows / report.seconds
             for facts, after in zip(measured, _memory_of(client), strict=True):
                 facts |= after
 
-        result = zarr.open_array(str(target), mode="r")[:]
+        result = np.asarray(zarr.open_array(str(target), mode="r")[:])
         with _step(say, "compare with plain torch in one process") as step:
             checked, equal, difference = compare(result, tokens, groups, directory)
             step(
@@ -144,7 +152,7 @@ def embed(ref: ModelRef, tokens: dict[str, Any], groups: Sequence[corpus.LengthG
     """Embeddings of all rows, lazy: one prediction a group, each no longer than its rows need."""
     parts = []
     for start, stop, length in groups:
-        inputs = {
+        inputs: dict[str, Any] = {
             name: da.from_array(array[start:stop, :length], chunks=(BLOCK_ROWS, length))
             for name, array in tokens.items()
         }
@@ -174,9 +182,9 @@ def compare(
 
 def ask(question: str, embeddings: Array, passages: Sequence[corpus.Passage], ref: ModelRef) -> dict[str, Any]:
     """The passages nearest to a question."""
-    inputs = corpus.tokenise([question])
-    length = int(inputs["attention_mask"].sum())
-    inputs = {name: array[:, :length] for name, array in inputs.items()}
+    tokens = corpus.tokenise([question])
+    length = int(tokens["attention_mask"].sum())
+    inputs: dict[str, Any] = {name: array[:, :length] for name, array in tokens.items()}
     embedded = predict(ref, **inputs, output=embed_pool)[0]
     rows, cosines = corpus.nearest(embedded, embeddings)
     return {
@@ -188,19 +196,20 @@ def ask(question: str, embeddings: Array, passages: Sequence[corpus.Passage], re
     }
 
 
+def prepare_worker(ref: ModelRef) -> dict[str, Any]:
+    """Runs in a worker: what a process pays once, whoever loads the model."""
+    begin = perf_counter()
+    _from_pretrained_class()
+    imported = perf_counter()
+    loading.open_store(ref.store)
+    return {"import_seconds": imported - begin, "connect_seconds": perf_counter() - imported}
+
+
 def measure_worker(ref: ModelRef, directory: str) -> dict[str, Any]:
     """Runs in a worker: times of loads by us and by from_pretrained, and memory before and after.
 
     Both sides find the model's code imported and the model's files in the page cache.
     """
-    import gc
-
-    begin = perf_counter()
-    _from_pretrained_class()
-    imports = perf_counter() - begin
-    begin = perf_counter()
-    loading.open_store(ref.store)
-    connect = perf_counter() - begin
     gc.collect()
     before = process_memory()
 
@@ -231,8 +240,6 @@ def measure_worker(ref: ModelRef, directory: str) -> dict[str, Any]:
         theirs.append(timed(lambda: _from_pretrained(directory)))
     return {
         "pid": os.getpid(),
-        "import_seconds": imports,
-        "connect_seconds": connect,
         "store": loading.loads[-1].store,
         "protection": loading.loads[-1].protection,
         "first_load_ms": first,
@@ -307,7 +314,7 @@ def _print_answers(say: Callable[..., None], answers: Sequence[dict[str, Any]]) 
 def _step(say: Callable[..., None], what: str) -> Iterator[Callable[..., None]]:
     """Say what is going on before it is, and how long it took once the yielded function is called."""
     begin = perf_counter()
-    say(f"  {what} ...", nl=False) if say is echo else say(what)
+    say(f"  {what} ...", nl=False)
 
     def done(found: str = "") -> None:
         say(f" {perf_counter() - begin:.1f} s" + (f" ({found})" if found else ""))

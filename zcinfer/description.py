@@ -5,7 +5,9 @@ so that the process that owns the shared memory stays small; the table is checke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,10 +40,16 @@ ITEMSIZE = {
 }
 
 
+# Those that torch.frombuffer takes in every version we support; tensors of others are set on bare storages.
+BUFFER_DTYPES = frozenset(
+    ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
+)
+
+
 class TensorSpec(NamedTuple):
     """One tensor as a view of a storage: ``offset``, ``size`` and ``stride`` count elements of ``dtype``.
 
-    ``whole``: contiguous, covers its storage, and shares it with no other tensor.
+    ``whole``: contiguous, of one of the `BUFFER_DTYPES`, covers its storage, and shares it with no other tensor.
     """
 
     storage: int
@@ -112,35 +120,64 @@ class Description:
                     "tensors": tuple(tensors),
                     "storages": tuple(storages),
                     "training": tuple(value["training"]),
+                    "requires": dict(value["requires"]),
                 }
             )
             _check(described)
-        except (TypeError, KeyError, ValueError, IndexError) as error:
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise ArchiveError(f"the description of the model is malformed: {error}") from error
         return described
 
 
 def _check(description: Description) -> None:
-    """Refuse tables whose views would reach outside the buffer: torch would read beyond it."""
-    if not (isinstance(description.digest, str) and len(description.digest) == 64 and description.digest.isalnum()):
+    """Refuse other types than the above, and tables whose views would reach outside the buffer: torch would follow."""
+    texts = (description.class_name, description.dtype, description.skeleton_sha256)
+    _each(str, (*texts, *description.training, *description.requires, *description.requires.values()))
+    _each(int, (description.nbytes, description.skeleton_nbytes))
+    if not re.fullmatch("[0-9a-f]{64}", description.digest):
         raise ValueError(f"the digest is {description.digest!r}")
     position = 0
     for storage in description.storages:
+        _each(int, (storage.offset, storage.nbytes))
+        _each(str, (storage.sha256, storage.name))
         if storage.offset < position or storage.nbytes < 0 or storage.offset % ALIGNMENT:
             raise ValueError(f"storage {storage.name!r} lies at byte {storage.offset}: unaligned or over another")
         position = storage.offset + storage.nbytes
     if position + TAIL > description.nbytes:
         raise ValueError(f"storages end at byte {position} of {description.nbytes}, fewer than {TAIL} before the end")
     for tensor in description.tensors:
-        itemsize = ITEMSIZE[tensor.dtype]
-        if len(tensor.size) != len(tensor.stride) or min((tensor.offset, *tensor.size, *tensor.stride)) < 0:
-            raise ValueError(f"a tensor has offset {tensor.offset}, size {tensor.size}, stride {tensor.stride}")
-        if 0 in tensor.size:
-            continue
-        last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
-        reach, nbytes = (last + 1) * itemsize, description.storages[tensor.storage].nbytes
-        if reach > nbytes or (tensor.whole and reach != nbytes):
-            raise ValueError(f"a tensor of size {tensor.size} does not fit its storage of {nbytes} bytes")
+        _check_tensor(tensor, description.storages)
+
+
+def _check_tensor(tensor: TensorSpec, storages: Sequence[StorageSpec]) -> None:
+    _each(int, (tensor.storage, tensor.offset, *tensor.size, *tensor.stride))
+    _each(bool, (tensor.requires_grad, tensor.parameter, tensor.whole))
+    layout = f"a tensor of {tensor.dtype} has offset {tensor.offset}, size {tensor.size}, stride {tensor.stride}"
+    if len(tensor.size) != len(tensor.stride) or min((tensor.storage, tensor.offset, *tensor.size, *tensor.stride)) < 0:
+        raise ValueError(layout)
+    itemsize, nbytes = ITEMSIZE[tensor.dtype], storages[tensor.storage].nbytes
+    elements = math.prod(tensor.size)
+    # Even where nothing is read: torch counts in signed integers of 64 bits.
+    if max(tensor.offset, math.prod(n or 1 for n in tensor.size), *tensor.stride) * itemsize >= 1 << 63:
+        raise ValueError(f"{layout}: beyond 64 bits")
+    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
+    if elements and (last + 1) * itemsize > nbytes:
+        raise ValueError(f"{layout}: beyond its storage of {nbytes} bytes")
+    if tensor.whole and (
+        tensor.offset
+        or tensor.stride != tuple(math.prod(tensor.size[axis + 1 :]) for axis in range(len(tensor.size)))
+        or elements * itemsize != nbytes
+        or tensor.dtype not in BUFFER_DTYPES
+    ):
+        raise ValueError(f"{layout}: not all of its storage of {nbytes} bytes")
+    if tensor.requires_grad and not tensor.dtype.startswith(("float", "bfloat", "complex")):
+        raise ValueError(f"a tensor of {tensor.dtype} requires gradients")
+
+
+def _each(kind: type, values: Iterable[Any]) -> None:
+    for value in values:
+        if type(value) is not kind:
+            raise TypeError(f"{value!r:.40} is not of type {kind.__name__}")
 
 
 def sha256_each(sources: Sequence[Bytes]) -> list[bytes]:

@@ -12,8 +12,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import zarr
-from zarr.storage import StorePath
+from zarr.storage import LocalStore
 
 from .archive import write_file
 from .arrays import predict
@@ -123,14 +124,9 @@ def run(
     if block_rows is not None and block_rows < 1:
         raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
     place = _Target(target)
-    place.refuse_foreign()  # before anything is started
     named = isinstance(source, Mapping)
-    sources = {str(name): value for name, value in (source.items() if named else [("input", source)])}
-    if not sources:
-        raise InputError("no input given: name one array or more, with rows along axis 0")
-    for name, value in sources.items():
-        place.refuse_source(value, name)
-    opened = {name: _open(value, name) for name, value in sources.items()}
+    sources = _by_name(source)
+    opened = _open_all(sources, place)
     rows = block_rows or max(next(iter(opened.values())).chunks[0])
     arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
     predictor = Predictor(
@@ -151,6 +147,11 @@ def run(
         "inputs": {name: _stamp(value) for name, value in sources.items()},
     }
     return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
+
+
+def check_paths(source: Any, target: str | Path) -> None:
+    """Refuse the paths that `run` would refuse, before anything is started."""
+    _open_all(_by_name(source), _Target(target))
 
 
 def check_target(target: str | Path) -> None:
@@ -223,8 +224,8 @@ def write(
                     meta=np.empty(0, np.int64),
                     name="write-" + place.token(),
                 )
-                for number in _compute(written.blocks[missing]):
-                    bar.add(lengths[missing[number]])
+                for number in _compute(written.blocks[missing], missing):
+                    bar.add(lengths[number])
         place.finish()
         return report(len(missing))
 
@@ -242,12 +243,10 @@ class _Target:
     def claim(self, manifest: dict[str, Any], resume: bool) -> Iterator[bool]:
         """Hold the target for this run; yields whether it is complete already."""
         lock = self.path.with_name(f".{self.path.name}.lock")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            opened = open(lock, "w")  # noqa: SIM115
-        except OSError as error:
-            raise OutputError(f"nothing can be written to {self.path.parent}: {error}") from error
-        with opened as file:
+        with ExitStack() as stack:
+            with self._told():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(lock, "w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The run before may have removed the file between our opening and our locking it.
@@ -264,20 +263,17 @@ class _Target:
     def refuse_foreign(self) -> None:
         """Refuse a target that exists and is not ours."""
         for place in (self.path, self.partial):
-            if place.exists() and _manifest_of(place) is None:
+            if os.path.lexists(place) and _manifest_of(place) is None:
                 raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
 
     def refuse_source(self, source: Any, name: str) -> None:
         """Refuse a source in the place of the target, where starting over would remove it."""
-        if isinstance(source, zarr.Array):
-            source = source.store_path
-        try:
-            path = local_directory(str(source), name).resolve() if isinstance(source, str | Path | StorePath) else None
-        except SettingsError:
-            return  # another machine's
+        directory = _directory_of(source)
         for place in (self.path.resolve(), self.partial.resolve()):
-            if path is not None and (path.is_relative_to(place) or place.is_relative_to(path)):
-                raise OutputError(f"{name} lies at {path}, in the place of the target {place}: choose another target")
+            if directory is not None and (directory.is_relative_to(place) or place.is_relative_to(directory)):
+                raise OutputError(
+                    f"{name} lies at {directory}, in the place of the target {place}: choose another target"
+                )
 
     def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
         self.refuse_foreign()
@@ -286,12 +282,12 @@ class _Target:
             if found is None:
                 continue
             if not resume:
-                shutil.rmtree(place)
-            elif found != manifest:
-                differs = ", ".join(_differences(found, manifest))
+                with self._told():
+                    shutil.rmtree(place)
+            elif differs := [key for key in _differences(found, manifest) if key != "model"]:  # names change
                 raise OutputError(
-                    f"{place} is the output of another job (it differs in {differs}): choose another target, or start "
-                    "over with resume=False (--start-over)"
+                    f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another target, "
+                    "or start over with resume=False (--start-over)"
                 )
         return self.path.exists()
 
@@ -299,17 +295,18 @@ class _Target:
         """Create the output unless an earlier run has; numbers of the blocks that are done."""
         if not self.partial.exists():
             new = self.path.with_name(f".{self.path.name}.new")
-            shutil.rmtree(new, ignore_errors=True)
-            zarr.create_array(
-                str(new),
-                shape=tuple(manifest["shape"]),
-                chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
-                dtype=manifest["dtype"],
-                attributes={"zcinfer": manifest["identity"]},
-            )
-            (new / ".zcinfer" / "done").mkdir(parents=True)
-            write_file(new / ".zcinfer" / "manifest.json", json.dumps(manifest, indent=1).encode())
-            os.rename(new, self.partial)
+            with self._told():
+                shutil.rmtree(new, ignore_errors=True)
+                zarr.create_array(
+                    str(new),
+                    shape=tuple(manifest["shape"]),
+                    chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
+                    dtype=manifest["dtype"],
+                    attributes={"zcinfer": manifest["identity"]},
+                )
+                (new / ".zcinfer" / "done").mkdir(parents=True)
+                write_file(new / ".zcinfer" / "manifest.json", json.dumps(manifest, indent=1).encode())
+                os.rename(new, self.partial)
         return {int(mark.name) for mark in (self.partial / ".zcinfer" / "done").iterdir()}
 
     def token(self) -> str:
@@ -319,10 +316,20 @@ class _Target:
 
     def finish(self) -> None:
         """Give the complete output its name."""
-        for left in self.partial.rglob("*.partial"):
-            left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
-        os.rename(self.partial, self.path)
-        shutil.rmtree(self.path / ".zcinfer" / "done")
+        with self._told():
+            for left in self.partial.rglob("*.partial"):
+                left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
+            os.rename(self.partial, self.path)
+            shutil.rmtree(self.path / ".zcinfer" / "done")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error}. Choose another target, or mend that first."
+            ) from error
 
 
 def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
@@ -331,7 +338,9 @@ def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: t
         _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
         (Path(path) / ".zcinfer" / "done" / str(number)).touch()
     except OSError as error:
-        raise BlockError(f"block {number} could not be written to {path}: {error}. Free space or rights, and run again.") from error
+        raise BlockError(
+            f"block {number} could not be written to {path}: {error}. Free space or rights, and run again."
+        ) from error
     return np.full(1, len(block))
 
 
@@ -340,40 +349,55 @@ def _open_target(path: str, token: str) -> Any:
     return zarr.open_array(path, mode="r+")
 
 
-def _compute(written: da.Array) -> Iterator[int]:
-    """Compute the one-element blocks of an array, yielding their numbers as they finish."""
+def _compute(written: da.Array, numbers: Sequence[int]) -> Iterator[int]:
+    """Compute an array of one element a block, yielding each block's number when it is done."""
     client = _client()
-    try:
-        if client is None:
-            yield from _compute_here(written)
-        else:
-            yield from _compute_on(client, written)
-    except (ZcinferError, KeyboardInterrupt, GeneratorExit):
-        raise
-    except Exception as error:
-        raise BlockError(
-            f"the job stopped: {type(error).__name__}: {error}. What is finished is kept; the same call goes on from there."
-        ) from error
+    with closing(_outcomes_here(written) if client is None else _outcomes_on(client, written)) as outcomes:
+        for place, error in outcomes:
+            if isinstance(error, ZcinferError):
+                raise error
+            if error is not None:
+                raise BlockError(
+                    f"block {numbers[place]}: {type(error).__name__}: {error}. What is finished is kept; the same call "
+                    "goes on from there."
+                ) from error
+            yield numbers[place]
 
 
-def _compute_on(client: Any, written: da.Array) -> Iterator[int]:
+_Outcomes = Generator[tuple[int, BaseException | None], None, None]
+
+
+def _outcomes_on(client: Any, written: da.Array) -> _Outcomes:
     from distributed import as_completed, futures_of
 
-    persisted = client.persist(written)
-    futures = futures_of(persisted)
+    waiting = set(futures_of(client.persist(written)))
     try:
-        for future, _ in as_completed(futures, with_results=True):
-            yield future.key[1]
+        for future in as_completed(waiting):
+            # Let go of, so that it is not computed again when the worker that has its result dies.
+            waiting.discard(future)
+            yield future.key[1], None if future.status == "finished" else _error_of(future)
     finally:
         # After an error or Ctrl-C the others need not be computed.
-        client.cancel(futures)
+        client.cancel(list(waiting))
 
 
-def _compute_here(written: da.Array) -> Iterator[int]:
+def _error_of(future: Any) -> BaseException:
+    try:
+        error: BaseException = future.exception()
+    except CancelledError as cancelled:
+        error = cancelled
+    return error
+
+
+def _outcomes_here(written: da.Array) -> _Outcomes:
     # One block after the other; torch uses all cores for each.
-    for number in range(written.numblocks[0]):
-        written.blocks[number].compute(scheduler="sync")
-        yield number
+    for place in range(written.numblocks[0]):
+        try:
+            written.blocks[place].compute(scheduler="sync")
+        except Exception as error:
+            yield place, error
+        else:
+            yield place, None
 
 
 def _client() -> Any:
@@ -383,6 +407,21 @@ def _client() -> Any:
         return default_client()
     except ValueError:
         return None
+
+
+def _by_name(source: Any) -> dict[str, Any]:
+    return {
+        str(name): value for name, value in (source.items() if isinstance(source, Mapping) else [("input", source)])
+    }
+
+
+def _open_all(sources: dict[str, Any], place: _Target) -> dict[str, da.Array]:
+    place.refuse_foreign()
+    if not sources:
+        raise InputError("no input given: name one array or more, with rows along axis 0")
+    for name, value in sources.items():
+        place.refuse_source(value, name)
+    return {name: _open(value, name) for name, value in sources.items()}
 
 
 def _open(source: Any, name: str) -> da.Array:
@@ -410,15 +449,24 @@ def _stamp(source: Any) -> dict[str, Any]:
     """What tells this input from another, in JSON types."""
     if isinstance(source, da.Array):
         return {"dask": source.name}
-    if isinstance(source, zarr.Array):
-        return {"url": str(source.store_path), "shape": list(source.shape), "dtype": str(source.dtype)}
     array = _open(source, "input")
     stamp: dict[str, Any] = {"url": str(source), "shape": list(array.shape), "dtype": str(array.dtype)}
-    for name in ("zarr.json", ".zarray"):
-        metadata = Path(source) / name
-        if metadata.exists():
-            stamp |= {"url": str(metadata.parent.absolute()), "modified": metadata.stat().st_mtime_ns}
+    directory = _directory_of(source)
+    if directory is not None:
+        # zarr replaces files, so that a directory changes with each chunk written into it.
+        changed = max(os.stat(place).st_mtime_ns for place, _, _ in os.walk(directory))
+        stamp |= {"url": str(directory), "modified": changed}
     return stamp
+
+
+def _directory_of(source: Any) -> Path | None:
+    """Directory of this machine that a source lies in."""
+    if isinstance(source, zarr.Array):
+        return Path(source.store.root, source.path).resolve() if isinstance(source.store, LocalStore) else None
+    try:
+        return local_directory(str(source), "").resolve() if isinstance(source, str | Path) else None
+    except SettingsError:
+        return None  # a URL of another kind
 
 
 def _manifest_of(place: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -153,10 +153,8 @@ def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Stor
 
 def _import(package: str) -> None:
     # Errors are left to join, which knows what is missing for what.
-    try:
+    with suppress(ImportError):
         importlib.import_module(package)
-    except ImportError:
-        pass
 
 
 class Residents:

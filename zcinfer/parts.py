@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .canonical import Canonical, is_parametrized, is_plain, reduce, storage_key
-from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
+from .description import ALIGNMENT, BUFFER_DTYPES, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
 from .errors import ModelCodeMissing, ModelError, SplitError
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
@@ -33,8 +33,6 @@ except ImportError:
 
 _PAGE = 4096
 
-# Those that torch.frombuffer takes in every version we support; tensors of others are set on bare storages.
-_BUFFER_DTYPES = frozenset("float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split())
 
 @dataclass(frozen=True)
 class Parts:
@@ -53,13 +51,13 @@ class Parts:
     skeleton: bytes
     sources: Sequence[Bytes] = field(repr=False)
 
-    def pieces(self) -> Iterator[Bytes | bytes]:
+    def pieces(self) -> Iterator[memoryview | bytes]:
         """The flat buffer from its first byte to its last, as storages and padding."""
         position = 0
         for spec, source in zip(self.description.storages, self.sources, strict=True):
             if spec.offset > position:
                 yield bytes(spec.offset - position)
-            yield source
+            yield source.data
             position = spec.offset + spec.nbytes
         if self.description.nbytes > position:
             yield bytes(self.description.nbytes - position)
@@ -202,7 +200,7 @@ class _Taken:
                 TensorSpec(
                     self.storage(tensor.untyped_storage()),
                     str(tensor.dtype).removeprefix("torch."),
-                    tensor.storage_offset(),
+                    int(tensor.storage_offset()),
                     tuple(tensor.size()),
                     tuple(tensor.stride()),
                     tensor.requires_grad,
@@ -225,7 +223,7 @@ class _Taken:
         def whole(tensor: torch.Tensor, spec: TensorSpec) -> bool:
             usual = torch.empty(spec.size, device="meta").stride()  # of an axis of length 1 any stride is contiguous
             covers = spec.stride == usual and tensor.nbytes == self.storages[spec.storage].nbytes() > 0
-            return covers and self.uses[spec.storage] == 1 and spec.dtype in _BUFFER_DTYPES
+            return covers and self.uses[spec.storage] == 1 and spec.dtype in BUFFER_DTYPES
 
         return tuple(s._replace(whole=whole(t, s)) for t, s in zip(self.tensors, self.specs, strict=True))
 
@@ -276,7 +274,9 @@ def _skeleton(obj: Any, taken: _Taken) -> bytes:
 
 
 class _Joiner(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor], storages: list[torch.UntypedStorage | None] | None):
+    def __init__(
+        self, file: io.BytesIO, tensors: list[torch.Tensor], storages: list[torch.UntypedStorage | None] | None
+    ):
         super().__init__(file)
         self._tensors = tensors
         self._storages = storages
@@ -290,7 +290,8 @@ class _Joiner(pickle.Unpickler):
         storage = self._storages[index]
         if not dtype:
             return storage
-        return torch.storage.TypedStorage(wrap_storage=storage, dtype=getattr(torch, dtype), _internal=True)
+        kind: Any = torch.storage.TypedStorage
+        return kind(wrap_storage=storage, dtype=getattr(torch, dtype), _internal=True)
 
 
 def _unpickle(
@@ -321,21 +322,25 @@ def _missing(description: Description, error: Exception) -> str:
         named = re.search(r"module '([\w.]+)'", str(error))
         package = named.group(1).partition(".")[0] if named else ""
     version = description.requires.get(package, "")
-    remedy = f"install {package}=={version}" if version else f"make the module {package or 'that defines it'!r} importable"
+    remedy = (
+        f"install {package}=={version}" if version else f"make the module {package or 'that defines it'!r} importable"
+    )
     return (
         f"the model's class {description.class_name} needs code that this process does not have ({error}). "
         f"On every worker, {remedy} (same version as where the model was published)."
     )
 
 
-def _view(buffer: Any, description: Description, copy_small: bool) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
+def _view(
+    buffer: Any, description: Description, copy_small: bool
+) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
     """Tensors of the table as views of the buffer, and the storages that are not some tensor's alone."""
     tensors: list[torch.Tensor] = []
-    storages: list[torch.UntypedStorage | None] = [None] * len(description.storages)
+    storages: list[Any] = [None] * len(description.storages)
     own = {spec.storage for spec in description.tensors if spec.whole}
     for number, place in enumerate(description.storages):
         if number not in own:
-            storage = torch.UntypedStorage(0)
+            storage: Any = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
             if place.nbytes:
                 view = torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
                 storage = view.untyped_storage()
@@ -343,17 +348,19 @@ def _view(buffer: Any, description: Description, copy_small: bool) -> tuple[list
     as_parameter = torch.Tensor._make_subclass  # nn.Parameter() in its plain case, at half the time
     # Never under inference_mode: such tensors cannot be trained, or cast, later.
     with torch.inference_mode(False):
-        for storage, name, offset, size, stride, requires_grad, parameter, whole in description.tensors:
+        for number, name, offset, size, stride, requires_grad, parameter, whole in description.tensors:
             dtype = getattr(torch, name)
             if whole:
-                place = description.storages[storage]
-                tensor = torch.frombuffer(buffer, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset)
+                place = description.storages[number]
+                tensor = torch.frombuffer(
+                    buffer, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset
+                )
                 if copy_small and (not parameter or place.nbytes < _PAGE):
                     tensor = tensor.clone()
                 if len(size) != 1:
                     tensor.resize_(size)
             else:
-                tensor = torch.empty(0, dtype=dtype).set_(storages[storage], offset, size, stride)
+                tensor = torch.empty(0, dtype=dtype).set_(storages[number], offset, size, stride)
             if parameter:
                 tensor = as_parameter(torch.nn.Parameter, tensor, requires_grad)
             elif requires_grad:
@@ -379,7 +386,7 @@ def _storage_names(model: torch.nn.Module, taken: _Taken) -> list[str]:
     names = [""] * len(taken.storages)
     for tensor, spec in zip(taken.tensors, taken.specs, strict=True):
         names[spec.storage] = names[spec.storage] or named.get(id(tensor), "")
-    used: set[str] = set()
+    used = {"__metadata__"}  # a word of safetensors
     for number, name in enumerate(names):
         names[number] = name if name and name not in used else f"zcinfer.storage.{number}"
         used.add(names[number])

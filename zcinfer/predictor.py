@@ -37,7 +37,7 @@ Output = str | int | Callable[[Any, Any], torch.Tensor] | None
 
 # "auto" starts from the bytes of a row: activations grow with them, and small rows need many to a batch.
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
-_TORCH_INTEGERS = frozenset("uint8 int8 int16 int32 int64".split())
+_TORCH_INTEGERS = frozenset(("uint8", "int8", "int16", "int32", "int64"))
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ class Predictor:
 
         binding = attempt(lambda casts: self._output_of_fake(inputs, casts, description, skeleton))
         if binding is None:
-            rows = [_two_rows(r, array) for r, array in zip(inputs, sample() if sample else _zeros(inputs), strict=True)]
-            binding = attempt(lambda casts: self._output_of_real(rows, casts))
+            two = [_two_rows(r, array) for r, array in zip(inputs, sample() if sample else _zeros(inputs), strict=True)]
+            binding = attempt(lambda casts: self._output_of_real(two, casts))
             if binding is None:
                 found = ", ".join(
                     f"{self._input_name(number, len(inputs))} {rows}" for number, rows in enumerate(inputs)
@@ -255,12 +255,16 @@ class Predictor:
         if inputs:
             self.keywords = tuple(inputs)
         if len({array.ndim for array in every}) != 1:
-            raise InputError("map_blocks would not align the rows of inputs with different numbers of axes: use zcinfer.predict")
+            raise InputError(
+                "map_blocks would not align the rows of inputs with different numbers of axes: use zcinfer.predict"
+            )
         for array in every:
             if not hasattr(array, "chunks"):
-                raise InputError(f"an input is a {type(array).__name__}: give dask arrays, or call the predictor itself")
+                raise InputError(
+                    f"an input is a {type(array).__name__}: give dask arrays, or call the predictor itself"
+                )
             if any(len(lengths) > 1 for lengths in array.chunks[1:]):
-                axes = {axis: -1 for axis in range(1, array.ndim)}
+                axes = dict.fromkeys(range(1, array.ndim), -1)
                 raise InputError(f"the axes after the first are cut into several chunks: use x.rechunk({axes})")
         binding = self.bind([rows_of(a) for a in every], lambda: [first_rows(a) for a in every]).binding
         assert binding is not None
@@ -329,7 +333,9 @@ class Predictor:
                     stop = min(start + binding.batch_size, lengths[0])
                     span = f"{where}, rows {_span(start, stop, first_row)}, of {self.ref}"
                     try:
-                        tensors = [_tensor(b[start:stop], c, device) for b, c in zip(blocks, binding.casts, strict=True)]
+                        tensors = [
+                            _tensor(b[start:stop], c, device) for b, c in zip(blocks, binding.casts, strict=True)
+                        ]
                         batch = _numpy(bound._forward(model, tensors))
                     except Exception as error:
                         raise BlockError(f"{span}: {explain(error)}") from error
@@ -357,7 +363,9 @@ class Predictor:
         inputs: Any = {**dict(enumerate(tensors[:positional])), **named} if named else tuple(tensors)
         return _choose(output, self.output, inputs)
 
-    def _output_of_fake(self, inputs: Sequence[Rows], casts: tuple[str, ...], description: Any, skeleton: bytes) -> Rows:
+    def _output_of_fake(
+        self, inputs: Sequence[Rows], casts: tuple[str, ...], description: Any, skeleton: bytes
+    ) -> Rows:
         shapes = []
         for rows in (2, 3):
             with weightless(skeleton, description) as model:
@@ -408,7 +416,9 @@ def first_rows(array: Any) -> Array:
 def refuse_masked(array: Any, name: str = "an input") -> None:
     """Refuse an array of which values are to be skipped."""
     if isinstance(array, np.ma.MaskedArray):
-        raise InputError(f"{name} is a masked array, and a model cannot skip values: fill it first, with x.filled(value)")
+        raise InputError(
+            f"{name} is a masked array, and a model cannot skip values: fill it first, with x.filled(value)"
+        )
 
 
 def _as_array(block: Any, name: str) -> Array:
@@ -436,6 +446,7 @@ def _candidate_casts(inputs: Sequence[Rows], floating: str) -> Iterator[tuple[st
 
 
 def _choose(output: Any, which: Output, inputs: Any) -> torch.Tensor:
+    chosen: Any
     if callable(which):
         chosen = which(output, inputs)
     elif isinstance(which, str):
@@ -452,7 +463,9 @@ def _choose(output: Any, which: Output, inputs: Any) -> torch.Tensor:
     else:
         tensors = [value for value in _items(output).values() if isinstance(value, torch.Tensor)]
         if len(tensors) != 1:
-            raise OutputError(f"the model gives {_outputs(output)}: say which, with output=NAME, POSITION or a function")
+            raise OutputError(
+                f"the model gives {_outputs(output)}: say which, with output=NAME, POSITION or a function"
+            )
         chosen = tensors[0]
     if not isinstance(chosen, torch.Tensor):
         raise OutputError(f"the chosen output is a {type(chosen).__name__}, not a tensor")
@@ -480,8 +493,8 @@ def _rows_axis(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], rows: tupl
         first = (1, *first)  # squeezed away by the model, with axes that it means to
     if not first or (first[0], second[0]) != rows or first[1:] != second[1:]:
         raise OutputError(
-            f"the output of {ref} has no row axis: {rows[0]} rows give shape {first}, {rows[1]} give {second}, expected "
-            "(rows, ...). Choose or shape it with output=f(output, inputs)."
+            f"the output of {ref} has no row axis: {rows[0]} rows give shape {first}, {rows[1]} give {second}, "
+            "expected (rows, ...). Choose or shape it with output=f(output, inputs)."
         )
     return Rows(first[1:], _numpy(torch.empty(0, dtype=dtype)).dtype)
 
@@ -489,7 +502,10 @@ def _rows_axis(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], rows: tupl
 def _tensor(block: Array, cast: str, device: str) -> torch.Tensor:
     # Always a copy: a model may write to its input, which other tasks, or the caller, still use. It also takes
     # read-only, strided, Fortran-ordered and big-endian blocks.
-    dtype = np.dtype(cast) if cast != "bfloat16" else block.dtype.newbyteorder("=") if block.itemsize <= 8 else np.float64
+    if cast == "bfloat16":  # which NumPy has not
+        dtype = np.dtype("float64") if block.itemsize > 8 else block.dtype.newbyteorder("=")
+    else:
+        dtype = np.dtype(cast)
     tensor = torch.from_numpy(np.array(block, dtype=dtype, order="C", copy=True))
     return tensor.to(device=device, dtype=getattr(torch, cast))
 

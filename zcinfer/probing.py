@@ -19,22 +19,33 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .description import Description
 from .parts import join_fake
 
-# Operators whose tensors must all be floating, or all complex, or all integers, whatever their size; masks may be boolean.
-_STRICT = (
-    "mm addmm bmm baddbmm addbmm mv addmv dot linear convolution _convolution native_batch_norm "
-    "_native_batch_norm_legit _native_batch_norm_legit_no_training native_layer_norm native_group_norm "
-    "mkldnn_rnn_layer _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math "
-    "_native_multi_head_attention _transformer_encoder_layer_fwd"
-).split()
+# Operators whose tensors must all be floating, all complex or all integers, at any size; masks may be boolean.
+_STRICT = frozenset(
+    (
+        *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "convolution", "_convolution"),
+        *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+        *("native_layer_norm", "native_group_norm", "mkldnn_rnn_layer"),
+        *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"),
+        *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    )
+)
 
 # Elements of an operator's tensors up to which it is tried on real zeros: milliseconds.
 _SMALL = 1 << 22
 
 # What a layer says of its input, by the attribute that says it.
-_EXPECTS = ("in_features", "in_channels", "input_size", "normalized_shape", "num_features", "num_embeddings", "embed_dim")
+_EXPECTS = (
+    "in_features",
+    "in_channels",
+    "input_size",
+    "normalized_shape",
+    "num_features",
+    "num_embeddings",
+    "embed_dim",
+)
 
 
-class _DtypeCheck(TorchDispatchMode):
+class _DtypeCheck(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
@@ -74,7 +85,7 @@ def weightless(skeleton: bytes, description: Description) -> Iterator[torch.nn.M
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.no_grad())
         model = join_fake(skeleton, description)
-        stack.enter_context(_DtypeCheck())
+        stack.enter_context(_DtypeCheck())  # type: ignore[no-untyped-call]
         yield model
 
 

@@ -25,10 +25,10 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import numpy as np
 import ray
 from dask.utils import parse_bytes
-from ray._raylet import AuthenticationTokenLoader, Config
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from . import config, keeper
-from .archive import MARGIN, Archive
+from .archive import MARGIN
 from .description import Bytes, Description
 from .errors import StoreFull, StoreUnavailable, ZcinferError
 from .registry import Registry
@@ -38,6 +38,10 @@ from .store import Fetched
 log = logging.getLogger("zcinfer")
 
 T = TypeVar("T")
+Head = tuple[Description, bytes]  # description and skeleton of a model
+
+# Models that a reader is told of when it connects: its first load then needs no question.
+_OFFERED = 16
 
 NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
 
@@ -49,10 +53,12 @@ class Holder:
         self._capacity = capacity
         self._objects: dict[str, tuple[int, bytes, Any]] = {}
 
-    def probe(self) -> list[Any]:
-        """A small object in shared memory (in a list, so that Ray passes it on unread)."""
-        # Below 100 kB Ray would send the bytes themselves.
-        return [ray.put(np.zeros(1 << 17, np.uint8))]
+    def greet(self) -> tuple[list[Any], dict[str, tuple[bytes, list[Any]]]]:
+        """A small object in shared memory, and what `fetch` gives for the models put last."""
+        # Objects in lists are passed on unread. Below 100 kB Ray would send the bytes themselves.
+        page = [ray.put(np.zeros(1 << 17, np.uint8))]
+        last = list(self._objects.items())[-_OFFERED:]
+        return page, {digest: (head, [reference]) for digest, (_, head, reference) in last}
 
     def fetch(self, digest: str, registry: str) -> tuple[bytes, list[Any]]:
         """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread)."""
@@ -120,7 +126,7 @@ class RayStore:
         self._environment = environment or {}
         self._timeout = float(config.get("ray.timeout"))
         self._lost = threading.Event()
-        self._heads: dict[str, tuple[Description, bytes]] = {}
+        self._heads: dict[str, Head] = {}
         self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
         begin = perf_counter()
         _probe(address, self._timeout)
@@ -128,7 +134,7 @@ class RayStore:
         self._within(self._timeout, lambda: _connect(address, self._environment), connecting=True)
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
-        self._holder, raylet = self._within(patience, lambda: _find_holder(ours=bool(self._environment)))
+        self._holder, raylet, self._offers = self._within(patience, lambda: _find_holder(ours=bool(self._environment)))
         self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         global _connected
         _connected = self
@@ -165,8 +171,9 @@ class RayStore:
         # Content under one digest never changes: while some module of it lives, there is nothing to ask.
         padded = self._mapped.get(digest)
         if padded is None:
-            head, padded = self._within(self._patience(digest), lambda: self._get(digest))
-            self._heads[digest] = pickle.loads(head)
+            # Offers are for the first load alone: a reference that is kept keeps its object.
+            offer, self._offers = self._offers.get(digest), {}
+            self._heads[digest], padded = self._within(self._patience(digest), lambda: self._get(digest, offer))
             self._mapped[digest] = padded
         description, skeleton = self._heads[digest]
         fetched = perf_counter()
@@ -184,6 +191,7 @@ class RayStore:
         self._within(self._patience(digest), lambda: ray.get(request.remote(digest, directory)))
 
     def forget(self, digest: str) -> None:
+        self._offers = {}
         self._within(self._timeout, lambda: ray.get(self._holder.forget.remote(digest)))
 
     def usage(self) -> tuple[int, int, dict[str, int]]:
@@ -217,9 +225,11 @@ class RayStore:
         if self._own is not None:
             self._own.stop()
 
-    def _get(self, digest: str) -> tuple[bytes, Bytes]:
-        head, (reference,) = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
-        return head, ray.get(reference)
+    def _get(self, digest: str, offer: tuple[Head, Any] | None) -> tuple[Head, Bytes]:
+        if offer is None:
+            head, (reference,) = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
+            offer = pickle.loads(head), reference
+        return offer[0], ray.get(offer[1])
 
     def _patience(self, digest: str) -> float:
         """Seconds to wait for a model: the holder may have to read it from a slow disk and put it first."""
@@ -304,7 +314,7 @@ def _connect(address: str, environment: dict[str, str]) -> None:
     )
 
 
-def _find_holder(ours: bool) -> tuple[Any, int | None]:
+def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any]]]:
     capacity = min(
         (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
     )
@@ -325,10 +335,10 @@ def _find_holder(ours: bool) -> tuple[Any, int | None]:
     )
     # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
     # that the first load takes what later ones take.
-    (reference,) = ray.get(holder.probe.remote())
+    (reference,), offers = ray.get(holder.greet.remote())
     page = ray.get(reference)
     map_plasma(page, 0, 1)
-    return holder, raylet_of(page)
+    return holder, raylet_of(page), {d: (pickle.loads(head), ref) for d, (head, (ref,)) in offers.items()}
 
 
 def _abandon() -> None:

@@ -20,14 +20,14 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from .archive import Archive, write_archive, write_file
+from .archive import Archive, write_archive
 from .config import private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
 
@@ -90,7 +90,7 @@ class Registry:
                 versions = self._versions(name)
                 if versions and versions[-1].digest == digest:
                     return versions[-1]
-                created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                created = datetime.now(UTC).isoformat(timespec="seconds")
                 number = versions[-1].version + 1 if versions else 1
                 versions.append(Version(name, number, digest, created))
                 self._write_versions(name, versions)
@@ -142,7 +142,9 @@ class Registry:
         """
         directory = self._archive_directory(digest)
         if not directory.exists():
-            raise ModelNotFound(f"no archive {digest[:12]} in the registry {self.directory}: it was deleted, or is another's")
+            raise ModelNotFound(
+                f"no archive {digest[:12]} in the registry {self.directory}: it was deleted, or is another's"
+            )
         archive = Archive(directory)
         if archive.description.digest != digest:
             raise ArchiveError(f"{directory} holds another model than its name says. Publish the model again.")
@@ -169,7 +171,7 @@ class Registry:
             orphans = sorted({version.digest for version in versions} - used)
             for digest in orphans:
                 # Renamed first: a reader finds the archive whole or not at all. Mappings of it stay valid.
-                with self._temporary() as temporary, _missing_is_fine():
+                with self._temporary() as temporary, suppress(FileNotFoundError):
                     os.rename(self._archive_directory(digest), temporary / "deleted")
         return orphans
 
@@ -211,7 +213,9 @@ class Registry:
 
     def _is_complete(self, digest: str) -> bool:
         try:
-            self.archive(digest)
+            found = self.archive(digest)
+            found.skeleton()
+            found.check()
         except (ModelNotFound, ArchiveError):
             return False
         return True
@@ -220,16 +224,23 @@ class Registry:
         return self.directory / "names" / f"{quote(name, safe='')}.json"
 
     def _versions(self, name: str) -> list[Version]:
+        path = self._names_file(name)
         try:
-            return [Version(**value) for value in json.loads(self._names_file(name).read_bytes())]
+            return [Version(**value) for value in json.loads(path.read_bytes())]
         except FileNotFoundError:
             return []
+        except (OSError, TypeError, ValueError) as error:
+            raise ArchiveError(
+                f"{path}, the versions of {name!r}, cannot be read: {error}. Remove the file."
+            ) from error
 
     def _write_versions(self, name: str, versions: list[Version]) -> None:
         path = self._names_file(name)
         path.parent.mkdir(exist_ok=True)
         if versions:
-            write_file(path, json.dumps([asdict(version) for version in versions], indent=1).encode())
+            with self._temporary() as temporary:
+                (temporary / "names").write_text(json.dumps([asdict(version) for version in versions], indent=1))
+                os.replace(temporary / "names", path)
         else:
             path.unlink(missing_ok=True)
 
@@ -255,15 +266,9 @@ class Registry:
 
 def check_name(name: str) -> None:
     """Refuse names that could not be told from versions, or typed."""
-    if not _NAME.fullmatch(name):
+    # Every slash takes three characters of a file's name, which has 255 at most.
+    if not _NAME.fullmatch(name) or len(quote(name, safe="")) > 240:
         raise SettingsError(
-            f"{name!r} cannot be a model's name: use letters, digits and . _ - / , beginning with a letter or digit"
+            f"{name!r} cannot be a model's name: use letters, digits and . _ - / , beginning with a letter or digit, "
+            "200 at most"
         )
-
-
-@contextmanager
-def _missing_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        pass

@@ -148,9 +148,10 @@ def _read_only(array: Bytes, offset: int, nbytes: int) -> Bytes:
     _protect(start, end - start, mmap.PROT_READ)
     weakref.finalize(array, _protect, start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
     # Torch has no read-only tensors, and warns of arrays that are; what guards the pages is the hardware.
-    pages = (ctypes.c_ubyte * nbytes).from_address(address)
+    pages: Any = (ctypes.c_ubyte * nbytes).from_address(address)
     pages.owner = array
-    return np.frombuffer(pages, np.uint8)
+    buffer: Bytes = np.frombuffer(pages, np.uint8)
+    return buffer
 
 
 def _protect(address: int, nbytes: int, protection: int) -> None:

@@ -1,8 +1,8 @@
 """Stores: caches over the registry, from which workers take models without copying them.
 
 A store's URL says all that another process needs: ``file:DIRECTORY`` (memory-mapped archives of the registry in that
-directory) or ``ray:HOST:PORT?registry=DIRECTORY`` (that Ray's shared memory, filled from that registry). Ray's store is in
-`ray_store`; both fulfil one contract test.
+directory) or ``ray:HOST:PORT?registry=DIRECTORY`` (that Ray's shared memory, filled from that registry). Ray's store is
+in `ray_store`; both fulfil one contract test.
 """
 
 from __future__ import annotations
