@@ -145,7 +145,7 @@ DIFFERENT = {
     "class and instance": (dict, {}),
     "code": (lambda x: x + 1, lambda x: x + 2),
     "minus zero in code": (lambda x: x * 0.0, lambda x: x * -0.0),
-    "int or bool in code": (lambda x: x is 1, lambda x: x is True),  # noqa: F632
+    "int or bool in code": (lambda: 1, lambda: True),
     "sets in code": (lambda x: x in {1, 2}, lambda x: x in {1, 3}),
     "defaults": (lambda x=1: x, lambda x=2: x),
     "keyword defaults": (lambda *, x=1: x, lambda *, x=2: x),
@@ -458,16 +458,26 @@ def test_an_enum_of_a_script_counts_with_all_its_members() -> None:
 
 CACHED = """
 import functools, torch
-@functools.lru_cache
+@functools.lru_cache(maxsize=10)
 def table(n): return n + 1
-model = torch.nn.Linear(1, 1)
-model.weight.data.zero_(), model.bias.data.zero_()
-model.table = table
+class Model(torch.nn.Module):
+    @functools.lru_cache
+    def cached(self, n): return table(n) + 10
+    @functools.cached_property
+    def lazy(self): return 100
 """
 
 
-def test_what_a_cache_wraps_counts() -> None:
-    assert digest(as_main(CACHED, "model")) != digest(as_main(CACHED.replace("n + 1", "n + 2"), "model"))
+@pytest.mark.parametrize("edit", [("n + 1\n", "n + 2\n"), ("+ 10\n", "+ 20\n"), ("100", "200"), ("=10", "=20")])
+def test_what_a_cache_wraps_counts(edit: tuple[str, str]) -> None:
+    assert digest(as_main(CACHED)) == digest(as_main(CACHED))
+    assert digest(as_main(CACHED)) != digest(as_main(CACHED.replace(*edit)))
+
+
+def test_caches_of_a_script_travel() -> None:
+    parts = split(as_main(CACHED))
+    copy: Any = join(parts.skeleton, parts.description, bytearray(b"".join(parts.pieces())))
+    assert (copy.cached(1), copy.lazy, copy.lazy) == (12, 100, 100)
 
 
 MODULE = """

@@ -111,7 +111,7 @@ FLOATING_ONLY: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
     "layer_norm": lambda x, _: F.layer_norm(x, (4,)),
     "matmul": lambda x, w: x @ w,
     "einsum": lambda x, w: torch.einsum("bi,i->b", x, w),
-    "avg_pool": lambda x, _: F.avg_pool1d(x[:, None], 2),
+    "pool": lambda x, _: F.adaptive_avg_pool2d(x[:, None, None], 2),
     "interpolate": lambda x, _: F.interpolate(x[:, None], scale_factor=2, mode="linear"),
     "attention": lambda x, _: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
     "in place": lambda x, w: x.mul_(w),
@@ -130,7 +130,9 @@ def test_integers_become_floating_where_an_operator_refuses_them(name: str, dtyp
 @pytest.mark.parametrize("dtype", ["uint8", "bool"])
 def test_integers_go_into_layers_with_kernels_of_their_own(layer: str, dtype: str) -> None:
     x = np.random.default_rng(0).integers(0, 2, (3, 5, 4)).astype(dtype)
-    model = nn.LSTM(4, 4, batch_first=True) if layer == "lstm" else nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    model = (
+        nn.LSTM(4, 4, batch_first=True) if layer == "lstm" else nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    )
     found = predictor_of(model.eval(), output=(lambda out, _: out[0]) if layer == "lstm" else None)(x)
     with torch.inference_mode():
         expected = model(torch.from_numpy(x).float())
@@ -155,7 +157,8 @@ def test_complex_numbers_stay_complex() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "dtype"), [(nn.Embedding(5, 3), "float32"), (nn.Linear(4, 3), "complex64"), (nn.Conv1d(4, 1, 1), "complex64")]
+    ("model", "dtype"),
+    [(nn.Embedding(5, 3), "float32"), (nn.Linear(4, 3), "complex64"), (nn.Conv1d(4, 1, 1), "complex64")],
 )
 def test_dtype_that_no_cast_mends_is_refused(model: nn.Module, dtype: str) -> None:
     with pytest.raises(InputError, match=rf"found input 0 \(rows, 4, 2\) {dtype}"):
@@ -283,17 +286,18 @@ def test_bfloat16_comes_back_as_float32() -> None:
         (lambda x, _: x.half(), "float16"),
     ],
 )
-def test_output_dtype_is_the_model_s(function: Callable[..., torch.Tensor], dtype: str) -> None:
+def test_output_keeps_its_dtype(function: Callable[..., torch.Tensor], dtype: str) -> None:
     x = normal(5, 4)
     found = predictor_of(Apply(function).eval())(x)
     assert found.dtype == dtype
     assert np.array_equal(found, by_hand(Apply(function), x))
 
 
-def test_views_and_lazy_conjugates_are_resolved() -> None:
+@pytest.mark.parametrize("function", [lambda x: x.conj().flip(1)[:, ::2], lambda x: x.conj().imag], ids=["conj", "neg"])
+def test_lazy_conjugates_and_views_are_resolved(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = (normal(5, 4) + 1j).astype(np.complex64)
-    for function in (lambda x, _: x.conj().flip(1)[:, ::2], lambda x, _: x.conj().imag):
-        assert np.array_equal(predictor_of(Apply(function).eval())(x), by_hand(Apply(lambda x, w: function(x, w) + 0), x))
+    expected = by_hand(Apply(lambda x, _: function(x).clone().resolve_conj().resolve_neg()), x)
+    assert np.array_equal(predictor_of(Apply(lambda x, _: function(x)).eval())(x), expected)
 
 
 # How it is called
@@ -368,7 +372,7 @@ def test_auto_batch_is_by_the_bytes_of_a_row() -> None:
 
 @pytest.mark.parametrize("batch", [0, -1, 2.5, "big", None])
 def test_impossible_batch_is_refused(batch: Any) -> None:
-    with pytest.raises(SettingsError, match="batch_size is .*: give a number of rows, or 'auto'"):
+    with pytest.raises(SettingsError, match=r"batch_size is .*: give a number of rows, or 'auto'"):
         predictor_of(mlp(), batch_size=batch)
 
 
@@ -415,7 +419,7 @@ def test_any_layout(layout: str) -> None:
     assert np.array_equal(predictor_of(mlp(), batch_size=4)(found), by_hand(mlp(), normal(6, 4), batch=4))
 
 
-def test_model_that_writes_to_its_input_does_not_change_the_caller_s() -> None:
+def test_model_that_writes_to_its_input_does_not_change_the_caller() -> None:
     x = normal(6, 4)
     before = x.copy()
     assert np.array_equal(predictor_of(Apply(lambda x, w: x.mul_(w)).eval())(x), by_hand(Apply(lambda x, w: x * w), x))
@@ -430,7 +434,7 @@ def test_model_that_writes_to_its_input_does_not_change_the_caller_s() -> None:
         (np.zeros((3, 4), "M8[s]"), r"dtype datetime64\[s\], which is not numeric"),
         (np.zeros(3, [("a", "f4")]), "which is not numeric"),
         (np.ma.masked_greater(normal(3, 4), 0), r"masked array.*x\.filled"),
-        (np.float32(1) * np.ones(()), "ndarray|single number"),
+        (np.ones(()), "single number"),
         ([[1.0] * 4], "input 0 is a list: give a NumPy or dask array"),
         (torch.ones(3, 4), "input 0 is a Tensor: give a NumPy or dask array"),
     ],
@@ -449,7 +453,13 @@ def test_different_numbers_of_rows_are_refused() -> None:
 def test_rows_that_the_model_refuses_name_found_expected_and_layer() -> None:
     with pytest.raises(InputError) as caught:
         predictor_of(mlp())(normal(3, 5))
-    for part in ("model@1", "torch.nn.modules.container.Sequential", "input 0 (rows, 5) float32", "Linear '0'", "in_features=4"):
+    for part in (
+        "model@1",
+        "torch.nn.modules.container.Sequential",
+        "input 0 (rows, 5) float32",
+        "Linear '0'",
+        "in_features=4",
+    ):
         assert part in str(caught.value)
 
 
@@ -571,7 +581,7 @@ class Refusing(nn.Module):
         self.layer = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "meta" and (x > 1e6).any():
+        if (x > 1e6).any():
             raise ValueError("too large")
         return self.layer(x)
 
@@ -587,7 +597,7 @@ def test_failing_row_names_rows_and_version() -> None:
 def test_resident_that_failed_is_not_used_again() -> None:
     predictor = predictor_of(Refusing().eval(), batch_size=2)
     with pytest.raises(BlockError):
-        predictor(np.full((1, 4), 1e7, np.float32))
+        predictor(np.array([[0], [0], [1e7]], np.float32).repeat(4, axis=1))
     assert np.array_equal(predictor(normal(3, 4)), by_hand(zc.load("model"), normal(3, 4), batch=2))
 
 

@@ -94,7 +94,9 @@ class Canonical:
             self._collection(obj)  # by value: whether two equal ones are one object is up to the compiler
             return
         if isinstance(obj, np.dtype):
-            self._emit("numpy.dtype", repr(obj.__reduce__()[1:]).encode())  # by value: NumPy makes and shares them at will
+            self._emit(
+                "numpy.dtype", repr(obj.__reduce__()[1:]).encode()
+            )  # by value: NumPy makes and shares them at will
             return
         number = self._seen.get(id(obj))
         if number is not None:
@@ -297,21 +299,24 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def reduce(obj: Any) -> Any:
-    """What pickle stores of ``obj``, which it does not handle by itself.
+    """What pickle stores of ``obj``, of those that it does not handle by itself."""
+    reducer = _REDUCERS.get(type(obj))
+    return reduce_refused(obj) or (reducer(obj) if reducer is not None else obj.__reduce_ex__(4))
 
-    Modules with parametrizations have a class of their own each, made by torch, whose ``__getstate__`` only refuses.
-    """
-    if isinstance(obj, torch.nn.Module) and is_parametrized(obj):
-        base: Any = type(obj).__bases__[0]
+
+def reduce_refused(obj: Any) -> Any:
+    """How to carry what pickle, with or without cloudpickle, does not; None for anything else."""
+    kind = type(obj)
+    if isinstance(obj, torch.nn.Module) and kind.__module__ == parametrize.__name__ and not is_importable(kind):
+        # A class of its own for each module with parametrizations, whose __getstate__ only refuses.
+        base: Any = kind.__bases__[0]
         names = tuple(vars(obj)["_modules"]["parametrizations"])
         return _new_parametrized, (base, names), base.__getstate__(obj)
-    reducer = _REDUCERS.get(type(obj))
-    return reducer(obj) if reducer is not None else obj.__reduce_ex__(4)
-
-
-def is_parametrized(module: torch.nn.Module) -> bool:
-    """Whether `torch.nn.utils.parametrize` has changed the module's class."""
-    return type(module).__module__ == parametrize.__name__ and not is_importable(type(module))
+    if kind is functools._lru_cache_wrapper and not is_importable(obj):
+        return _new_cache, (obj.__wrapped__, obj.cache_parameters())
+    if kind is functools.cached_property:
+        return kind, (obj.func,), {"attrname": obj.attrname}  # and not its lock, which it had up to Python 3.11
+    return None
 
 
 def _new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
@@ -320,6 +325,10 @@ def _new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> to
     for name in names:
         parametrize._inject_property(module, name)
     return module
+
+
+def _new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
 
 
 def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -132,52 +133,54 @@ class Description:
 def _check(description: Description) -> None:
     """Refuse other types than the above, and tables whose views would reach outside the buffer: torch would follow."""
     texts = (description.class_name, description.dtype, description.skeleton_sha256)
-    _each(str, (*texts, *description.training, *description.requires, *description.requires.values()))
-    _each(int, (description.nbytes, description.skeleton_nbytes))
+    _only(str, (*texts, *description.training, *description.requires, *description.requires.values()))
+    _only(int, (description.nbytes, description.skeleton_nbytes))
     if not re.fullmatch("[0-9a-f]{64}", description.digest):
         raise ValueError(f"the digest is {description.digest!r}")
+    _only(int, (number for storage in description.storages for number in storage[:2]))
+    _only(str, (text for storage in description.storages for text in storage[2:]))
     position = 0
     for storage in description.storages:
-        _each(int, (storage.offset, storage.nbytes))
-        _each(str, (storage.sha256, storage.name))
         if storage.offset < position or storage.nbytes < 0 or storage.offset % ALIGNMENT:
             raise ValueError(f"storage {storage.name!r} lies at byte {storage.offset}: unaligned or over another")
         position = storage.offset + storage.nbytes
     if position + TAIL > description.nbytes:
         raise ValueError(f"storages end at byte {position} of {description.nbytes}, fewer than {TAIL} before the end")
+    _only(int, (number for t in description.tensors for number in (t.storage, t.offset, *t.size, *t.stride)))
+    _only(bool, (flag for t in description.tensors for flag in t[5:]))
+    uses = Counter(tensor.storage for tensor in description.tensors)
     for tensor in description.tensors:
-        _check_tensor(tensor, description.storages)
+        _check_tensor(tensor, description.storages, uses[tensor.storage] == 1)
 
 
-def _check_tensor(tensor: TensorSpec, storages: Sequence[StorageSpec]) -> None:
-    _each(int, (tensor.storage, tensor.offset, *tensor.size, *tensor.stride))
-    _each(bool, (tensor.requires_grad, tensor.parameter, tensor.whole))
-    layout = f"a tensor of {tensor.dtype} has offset {tensor.offset}, size {tensor.size}, stride {tensor.stride}"
-    if len(tensor.size) != len(tensor.stride) or min((tensor.storage, tensor.offset, *tensor.size, *tensor.stride)) < 0:
-        raise ValueError(layout)
-    itemsize, nbytes = ITEMSIZE[tensor.dtype], storages[tensor.storage].nbytes
-    elements = math.prod(tensor.size)
-    # Even where nothing is read: torch counts in signed integers of 64 bits.
-    if max(tensor.offset, math.prod(n or 1 for n in tensor.size), *tensor.stride) * itemsize >= 1 << 63:
-        raise ValueError(f"{layout}: beyond 64 bits")
-    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
-    if elements and (last + 1) * itemsize > nbytes:
-        raise ValueError(f"{layout}: beyond its storage of {nbytes} bytes")
-    if tensor.whole and (
-        tensor.offset
-        or tensor.stride != tuple(math.prod(tensor.size[axis + 1 :]) for axis in range(len(tensor.size)))
-        or elements * itemsize != nbytes
-        or tensor.dtype not in BUFFER_DTYPES
-    ):
-        raise ValueError(f"{layout}: not all of its storage of {nbytes} bytes")
-    if tensor.requires_grad and not tensor.dtype.startswith(("float", "bfloat", "complex")):
-        raise ValueError(f"a tensor of {tensor.dtype} requires gradients")
+def _check_tensor(tensor: TensorSpec, storages: Sequence[StorageSpec], alone: bool) -> None:
+    number, dtype, offset, size, stride, requires_grad, _, whole = tensor
+    if min((number, offset, *size, *stride)) < 0:
+        raise ValueError(f"{tensor} has a negative number")
+    itemsize, nbytes = ITEMSIZE[dtype], storages[number].nbytes
+    if whole:
+        elements = 1
+        for length, step in zip(reversed(size), reversed(stride), strict=True):
+            if step != elements:
+                raise ValueError(f"{tensor} is not contiguous")
+            elements *= length
+        if offset or elements * itemsize != nbytes or dtype not in BUFFER_DTYPES or not alone:
+            raise ValueError(f"{tensor} does not have its storage of {nbytes} bytes for itself")
+    else:
+        last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        if 0 not in size and (last + 1) * itemsize > nbytes:
+            raise ValueError(f"{tensor} reaches beyond its storage of {nbytes} bytes")
+        # Even where nothing is read: torch counts in signed integers of 64 bits.
+        if max(offset, math.prod(length or 1 for length in size), *stride) * itemsize >= 1 << 63:
+            raise ValueError(f"{tensor} reaches beyond 64 bits")
+    if requires_grad and not dtype.startswith(("float", "bfloat", "complex")):
+        raise ValueError(f"{tensor} cannot require gradients")
 
 
-def _each(kind: type, values: Iterable[Any]) -> None:
-    for value in values:
-        if type(value) is not kind:
-            raise TypeError(f"{value!r:.40} is not of type {kind.__name__}")
+def _only(kind: type, values: Iterable[Any]) -> None:
+    others = set(map(type, values)) - {kind}
+    if others:
+        raise TypeError(f"found {', '.join(other.__name__ for other in others)} instead of {kind.__name__}")
 
 
 def sha256_each(sources: Sequence[Bytes]) -> list[bytes]:

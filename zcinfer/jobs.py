@@ -286,8 +286,8 @@ class _Target:
                     shutil.rmtree(place)
             elif differs := [key for key in _differences(found, manifest) if key != "model"]:  # names change
                 raise OutputError(
-                    f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another target, "
-                    "or start over with resume=False (--start-over)"
+                    f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another "
+                    "target, or start over with resume=False (--start-over)"
                 )
         return self.path.exists()
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .canonical import Canonical, is_parametrized, is_plain, reduce, storage_key
+from .canonical import Canonical, is_plain, reduce_refused, storage_key
 from .description import ALIGNMENT, BUFFER_DTYPES, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
 from .errors import ModelCodeMissing, ModelError, SplitError
 
@@ -247,8 +247,9 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, torch.Tensor) and is_plain(obj):
             return _itself, (_Bare(obj),), obj.__dict__, None, None, _set_attributes
-        if isinstance(obj, torch.nn.Module) and is_parametrized(obj):
-            return reduce(obj)
+        refused = reduce_refused(obj)
+        if refused is not None:
+            return refused
         override = getattr(super(), "reducer_override", None)
         return override(obj) if override is not None else NotImplemented
 

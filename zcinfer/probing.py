@@ -91,7 +91,7 @@ def weightless(skeleton: bytes, description: Description) -> Iterator[torch.nn.M
 
 def explain(error: BaseException) -> str:
     """The error in a line, with the layer it arose in and what that layer expects."""
-    text = f"{type(error).__name__}: {error}".strip().rstrip(".")
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
     modules = []
     traceback = error.__traceback__
     while traceback is not None:
