@@ -220,7 +220,7 @@ def test_a_changed_stamp_is_compared_once(change: Callable[[Path], Path], direct
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
 def test_a_truncated_file_is_refused_and_named(name: str, share: float, directory: Path) -> None:
     os.truncate(directory / name, int(share * (directory / name).stat().st_size))
-    with pytest.raises(ArchiveError, match=name if share else str(directory)):
+    with pytest.raises(ArchiveError, match=name):
         read_all(directory)
 
 
@@ -419,7 +419,7 @@ def test_no_description_reaches_outside_its_buffer(data: st.DataObject) -> None:
 def test_swapped_strides_are_refused(directory: Path) -> None:
     """As possible a table as the true one, but not the one that was written."""
     value = json.loads((directory / DESCRIPTION).read_bytes())
-    row = next(row for row in value["tensors"] if row[3] == [50, 50] and not row[7])
+    row = next(row for row in value["tensors"] if row[3] == [50, 40])
     row[4].reverse()
     Description.from_json({key: part for key, part in value.items() if key != "format"})
     (directory / DESCRIPTION).write_text(json.dumps(value, indent=1))
@@ -450,8 +450,8 @@ def test_other_content_of_the_description_is_refused(text: bytes, directory: Pat
 def test_a_huge_table_allocates_nothing(directory: Path) -> None:
     size = 1 << 40
     value = json.loads((directory / DESCRIPTION).read_bytes())
-    value["nbytes"] = size
-    value["storages"][-1][1] = size - value["storages"][-1][0] - TAIL
+    value["storages"].append([size, size - TAIL, "0" * 64, "more"])
+    value["nbytes"] = size = 2 * size
     (directory / DESCRIPTION).write_text(json.dumps(value, indent=1))
     tracemalloc.start()
     try:

@@ -59,19 +59,21 @@ class Archive:
         self.directory = directory
         try:
             text = (directory / DESCRIPTION).read_bytes()
-            value = json.loads(text)
             with open(directory / WEIGHTS, "rb") as file:
                 header = int.from_bytes(file.read(8), "little")
                 found = os.fstat(file.fileno()).st_size
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise ArchiveError(f"{directory} is not a complete archive of a model: {error}") from error
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-            raise ArchiveError(f"{directory} is not an archive of format {FORMAT}, the one this version reads")
         self.seal = hashlib.sha256(text).hexdigest()
         try:
+            value = json.loads(text)
+            if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+                raise ArchiveError(f"it is not of format {FORMAT}, the one that this version reads")
             self.description = Description.from_json(value)
-        except ArchiveError as error:
-            raise ArchiveError(f"{directory / DESCRIPTION}: {error}. Publish the model again.") from error
+        except (ArchiveError, ValueError, RecursionError) as error:
+            raise ArchiveError(
+                f"{directory / DESCRIPTION} is truncated or altered: {error}. Publish the model again."
+            ) from error
         self._data_start = 8 + header
         expected = self._data_start + self.description.nbytes
         if not MARGIN - 8 <= header <= _MAX_HEADER or found != expected:

@@ -98,6 +98,10 @@ class Canonical:
                 "numpy.dtype", repr(obj.__reduce__()[1:]).encode()
             )  # by value: NumPy makes and shares them at will
             return
+        if kind is types.CellType:
+            # By value: cloudpickle gives every function cells of its own.
+            self._sequence("cell", [obj.cell_contents] if _filled(obj) else [])
+            return
         number = self._seen.get(id(obj))
         if number is not None:
             self._emit("again", str(number).encode())
@@ -125,8 +129,6 @@ class Canonical:
             self._reference("builtin", obj.__module__ or "", obj.__qualname__)
         elif kind is types.ModuleType:
             self._reference("module", obj.__name__)
-        elif kind is types.CellType:
-            self._sequence("cell", [obj.cell_contents] if _filled(obj) else [])
         elif kind is types.MethodType:
             self._sequence("method", [obj.__self__, obj.__func__])
         elif kind in (staticmethod, classmethod):

@@ -297,7 +297,7 @@ def _import_object(text: str) -> Any:
     import torch
 
     module_name, _, path = text.partition(":")
-    if not path:
+    if not path or not module_name or module_name.startswith("."):
         raise SettingsError(f"{text!r} is neither an archive's directory nor MODULE:OBJECT, as in mymodels:build")
     try:
         found: Any = importlib.import_module(module_name)

@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from socket import gethostname
 from time import perf_counter
 from typing import Any
 
@@ -144,7 +145,7 @@ def run(
         "model": str(predictor.ref),
         "digest": predictor.ref.digest,
         "settings": predictor.fingerprint(),
-        "inputs": {name: _stamp(value) for name, value in sources.items()},
+        "inputs": {name: _stamp(value, opened[name]) for name, value in sources.items()},
     }
     return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
 
@@ -213,16 +214,17 @@ def write(
         rows_done = sum(lengths[number] for number in done)
         with Progress(label, array.shape[0], rows_done, quiet=not progress) as bar:
             if missing:
+                token = _token(place.partial)
                 written = array.map_blocks(
                     _write_block,
                     str(place.partial),
-                    place.token(),
+                    token,
                     lengths[0],
                     dtype=np.int64,
                     chunks=((1,) * len(lengths),),
                     drop_axis=list(range(1, array.ndim)),
                     meta=np.empty(0, np.int64),
-                    name="write-" + place.token(),
+                    name="write-" + token,
                 )
                 for number in _compute(written.blocks[missing], missing):
                     bar.add(lengths[number])
@@ -309,11 +311,6 @@ class _Target:
                 os.rename(new, self.partial)
         return {int(mark.name) for mark in (self.partial / ".zcinfer" / "done").iterdir()}
 
-    def token(self) -> str:
-        """Names this very output: another one under the same path has another token."""
-        status = os.stat(self.partial / ".zcinfer" / "manifest.json")
-        return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
-
     def finish(self) -> None:
         """Give the complete output its name."""
         with self._told():
@@ -335,6 +332,9 @@ class _Target:
 def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
     number = block_id[0]
     try:
+        if _token(Path(path)) != token:
+            # This task was running when its run stopped; what lies there now belongs to one that started over.
+            raise BlockError(f"block {number} was not written: {path} is another run's by now")
         _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
         (Path(path) / ".zcinfer" / "done" / str(number)).touch()
     except OSError as error:
@@ -342,6 +342,12 @@ def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: t
             f"block {number} could not be written to {path}: {error}. Free space or rights, and run again."
         ) from error
     return np.full(1, len(block))
+
+
+def _token(partial: Path) -> str:
+    """Names this very output: another one under the same path has another token."""
+    status = os.stat(partial / ".zcinfer" / "manifest.json")
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
 
 
 @lru_cache(maxsize=8)
@@ -424,32 +430,58 @@ def _open_all(sources: dict[str, Any], place: _Target) -> dict[str, da.Array]:
     return {name: _open(value, name) for name, value in sources.items()}
 
 
+class _Source:
+    """A zarr array that is opened where it is read. One that is not there is an error, and not all fill values."""
+
+    def __init__(self, url: str, array: Any):
+        self.url = url
+        self.shape, self.ndim, self.dtype = array.shape, array.ndim, array.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            array: Any = zarr.open_array(self.url, mode="r")
+        except Exception as error:
+            raise InputError(
+                f"there is no zarr array at {self.url} on {gethostname()} ({_first_line(error)}): all workers must see it, "
+                "until the job is done"
+            ) from error
+        return array[index]
+
+
 def _open(source: Any, name: str) -> da.Array:
     if isinstance(source, da.Array):
         if source.ndim and source.shape[0] != source.shape[0]:
             raise InputError(f"{name} is a dask array of an unknown number of rows: call compute_chunk_sizes() on it")
         return source
+    directory = _directory_of(source)
     if isinstance(source, zarr.Array):
-        return da.from_zarr(source)
-    if not isinstance(source, str | Path):
+        found: Any = source
+    elif isinstance(source, str | Path):
+        try:
+            found = zarr.open(str(source), mode="r")
+        except Exception as error:
+            raise InputError(f"{name}: there is no zarr array at {source} ({_first_line(error)})") from error
+    else:
         raise InputError(f"{name} is a {type(source).__name__}: give the path or URL of a zarr array, or a dask array")
-    try:
-        found = zarr.open(str(source), mode="r")
-    except Exception as error:
-        raise InputError(f"{name}: there is no zarr array at {source} ({_first_line(error)})") from error
     if isinstance(found, zarr.Group):
         inside = ", ".join(f"{source}/{key}" for key, _ in list(found.arrays())[:5]) or "it has no arrays"
         raise InputError(f"{name}: {source} is a zarr group; give one of its arrays: {inside}")
     if found.ndim == 0:
         raise InputError(f"{name}: {source} is a single number: the rows are along axis 0")
-    return da.from_zarr(found)
+    if directory is None and isinstance(source, zarr.Array):
+        return da.from_zarr(found)  # of a store that has no path
+    return da.from_array(
+        _Source(str(directory or source), found),
+        chunks=(found.chunks[0], *found.shape[1:]),
+        name=False,
+        meta=np.empty((0,) * found.ndim, found.dtype),
+    )
 
 
-def _stamp(source: Any) -> dict[str, Any]:
+def _stamp(source: Any, array: Any) -> dict[str, Any]:
     """What tells this input from another, in JSON types."""
     if isinstance(source, da.Array):
         return {"dask": source.name}
-    array = _open(source, "input")
     stamp: dict[str, Any] = {"url": str(source), "shape": list(array.shape), "dtype": str(array.dtype)}
     directory = _directory_of(source)
     if directory is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from time import perf_counter
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ class Progress:
             unit=" rows",
             unit_scale=False,
             smoothing=0.05,
-            dynamic_ncols=True,
+            **_shape(self._file),
             disable=quiet or not self._file.isatty(),
             file=self._file,
             bar_format="{desc}: {percentage:3.0f} % |{bar}| {n:,}/{total:,} rows, {rate_fmt}, {remaining} left",
@@ -72,3 +73,12 @@ class Progress:
                 file=self._file,
                 flush=True,
             )
+
+
+def _shape(file: IO[str]) -> dict[str, Any]:
+    """Size of the terminal for tqdm, which shows nothing on one that says its size is 0 by 0 (as `script` does)."""
+    try:
+        columns, lines = os.get_terminal_size(file.fileno())
+    except (OSError, ValueError):
+        return {}
+    return {"dynamic_ncols": True} if columns and lines else {"ncols": 80, "nrows": 24}

@@ -18,6 +18,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -250,7 +251,8 @@ class RayStore:
             _abandon()
             raise StoreUnavailable(
                 f"Ray at {self.address} has not answered within {seconds:.0f} s: it, or this machine's raylet, has "
-                "died or is overloaded. Start it again (zc.connect()), or use the store 'file'."
+                "died or is overloaded; or it asks for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this process "
+                "does not have. Mend that and call zc.connect() again, or use the store 'file'."
             )
         result, error = outcome
         if error is None:
@@ -293,7 +295,14 @@ def _probe(address: str, timeout: float) -> None:
         ) from None
 
 
+def _users_token() -> dict[str, str]:
+    """What a driver needs for a Ray the user operates, where Ray has left this user's token in its usual place."""
+    unset = "RAY_AUTH_MODE" not in os.environ
+    return {"RAY_AUTH_MODE": "token"} if unset and (Path.home() / ".ray" / "auth_token").exists() else {}
+
+
 def _connect(address: str, environment: dict[str, str]) -> None:
+    environment = environment or _users_token()
     if environment:
         os.environ.update(environment)
         # Ray reads these variables when it is imported, which a script may have done long ago.

@@ -11,7 +11,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,9 @@ import numpy as np
 from .description import Bytes
 
 _PAGE = mmap.PAGESIZE
+
+# Where files were found last, by device and inode. The search through /proc takes milliseconds.
+_FOUND: dict[tuple[int, int], str] = {}
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -112,23 +114,30 @@ def _area_of(address: int) -> tuple[int, int, int, int] | None:
     return None
 
 
-@lru_cache(maxsize=16)
 def _open_file_of_raylet(device: int, inode: int) -> str | None:
     """Path under /proc of the arena's file, unlinked long ago but still open in the raylet."""
+    found = _FOUND.get((device, inode), "")
+    if found and _is_file(found, device, inode):
+        return found
     for process in _raylets():
         try:
-            for descriptor in os.listdir(f"{process}/fd"):
-                path = f"{process}/fd/{descriptor}"
-                try:
-                    status = os.stat(path)
-                except OSError:
-                    continue  # closed since it was listed
-                # st_dev of a tmpfs is what maps shows; on overlay file systems only the inode agrees.
-                if status.st_ino == inode and status.st_dev == device and os.access(path, os.R_OK):
-                    return path
+            paths = [f"{process}/fd/{descriptor}" for descriptor in os.listdir(f"{process}/fd")]
         except OSError:
             continue  # another user's, or gone
+        for path in paths:
+            if _is_file(path, device, inode) and os.access(path, os.R_OK):
+                _FOUND[device, inode] = path
+                return path
     return None
+
+
+def _is_file(path: str, device: int, inode: int) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False  # closed, or its process is gone
+    # st_dev of a tmpfs is what maps shows; on overlay file systems only the inode agrees.
+    return (status.st_dev, status.st_ino) == (device, inode)
 
 
 def _raylets() -> Iterator[str]:
