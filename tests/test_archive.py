@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
@@ -24,6 +24,9 @@ from zcinfer.archive import DESCRIPTION, MARGIN, SKELETON, VERIFIED, WEIGHTS, Ar
 from zcinfer.description import ITEMSIZE, TAIL, Description
 from zcinfer.errors import ArchiveError
 from zcinfer.parts import join, split
+
+# Drawing takes long where other processes take the time.
+SLOW = [HealthCheck.too_slow]
 
 
 def model() -> nn.Module:
@@ -323,7 +326,7 @@ def test_weights_that_were_refused_once_stay_refused(directory: Path) -> None:
             read_all(directory)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_a_flipped_bit_of_the_description_is_refused(pristine: Path, data: st.DataObject) -> None:
     text = (pristine / DESCRIPTION).read_bytes()
@@ -333,7 +336,7 @@ def test_a_flipped_bit_of_the_description_is_refused(pristine: Path, data: st.Da
     refused_with(pristine, bytes(content))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_a_flipped_bit_of_the_skeleton_is_refused(pristine: Path, data: st.DataObject) -> None:
     directory = pristine.parent / "skeleton"
@@ -390,7 +393,7 @@ def edited(value: Any, data: st.DataObject) -> Any:
     return value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_an_edited_description_is_refused(pristine: Path, data: st.DataObject) -> None:
     original = json.loads((pristine / DESCRIPTION).read_bytes())
@@ -399,12 +402,13 @@ def test_an_edited_description_is_refused(pristine: Path, data: st.DataObject) -
         refused_with(pristine, text)
 
 
-@settings(max_examples=200, deadline=None)
+SMALL = json.dumps(asdict(split(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))).description))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 @given(st.data())
 def test_no_description_reaches_outside_its_buffer(data: st.DataObject) -> None:
-    value = edited(
-        json.loads(json.dumps(asdict(split(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))).description))), data
-    )
+    value = edited(json.loads(SMALL), data)
     try:
         description = Description.from_json(value)
     except ArchiveError:

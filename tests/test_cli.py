@@ -143,21 +143,18 @@ def test_dask_has_the_same_commands(here: Path) -> None:
 
 
 def test_every_process_sees_the_same_models(here: Path) -> None:
-    save(here / "in.zarr", rows())
     published = program("put", "zoo:build", "--name", "bert", "--json")
+    assert published.returncode == 0, published.stderr
     ref = json.loads(published.stdout)
     assert (ref["name"], ref["version"]) == ("bert", 1)
     assert [model["digest"] for model in json.loads(call("ls", "--json").output)] == [ref["digest"]]
     assert ref["digest"] in call("info", "bert").output
-    ran = program("run", "bert", "in.zarr", "out.zarr", "--workers", 1, "--store", "file")
-    assert ran.returncode == 0, ran.stderr
-    assert "23 rows in 5 blocks, 5 computed now" in ran.stdout
-    assert ran.stderr.startswith("bert@1: done, 23 of 23 rows")
-    assert np.allclose(zarr.load("out.zarr"), by_hand(zc.load("bert"), rows()), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert np.array_equal(zc.predict("bert", rows()), zc.load("bert")(torch.from_numpy(rows())))
     call("rm", "bert")
-    missing = program("run", "bert", "in.zarr", "out.zarr", "--start-over")
+    missing = program("info", "bert")
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
-    assert "no model 'bert'" in missing.stderr
+    assert missing.stderr.startswith("error: no model 'bert'")
 
 
 def test_put_makes_a_name_and_says_what_it_did(here: Path) -> None:
@@ -238,7 +235,7 @@ def test_run_with_named_inputs(here: Path) -> None:
 @pytest.fixture(scope="module")
 def scheduler() -> Iterator[str]:
     before = dict(os.environ)
-    with zc.LocalCluster(n_workers=1, dashboard_address=None) as cluster:
+    with zc.LocalCluster(n_workers=1) as cluster:
         yield cluster.scheduler_address
     os.environ.clear()
     os.environ.update(before)

@@ -149,8 +149,8 @@ def after_line(text: str) -> Callable[[subprocess.Popen[str]], None]:
     [
         (signal.SIGKILL, "start the store"),
         (signal.SIGKILL, "publish the model"),
-        (signal.SIGTERM, "load it on each worker"),
-        (signal.SIGINT, "load it on each worker"),
+        (signal.SIGTERM, "load the model on each"),
+        (signal.SIGINT, "load the model on each"),
     ],
 )
 def test_a_killed_demo_leaves_nothing(world: World, number: signal.Signals, moment: str) -> None:

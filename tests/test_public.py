@@ -82,8 +82,8 @@ def test_public_name_is_documented(name: str) -> None:
     assert re.match(r"[A-Z].*\.$", text.splitlines()[0])
     if name == "ZcinferError":
         return
-    head, _, rest = text.partition("Attributes\n-----" if name == "ModelRef" else "Parameters\n-----")
-    described = re.split(r"\n\n[A-Z]\w+\n---", rest)[0]
+    section = "Attributes" if name == "ModelRef" else "Parameters"
+    described = re.split(r"\n\n[A-Z]\w+\n---", text.partition(f"{section}\n-----")[2])[0]
     for parameter in parameters(public):
         assert re.search(
             rf"^[^ ].*(?<!\w){re.escape(parameter)}(?!\w)|^{re.escape(parameter)}", described, re.MULTILINE

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -520,6 +521,24 @@ def test_a_process_killed_while_it_adds_leaves_nothing_half(moment: str, writer:
     assert writer.ended() == [0]
     registry.archive(digest).verify()
     assert registry.resolve("x").version == 1
+
+
+def test_a_process_that_nobody_waited_for_counts_as_ended(registry: Registry) -> None:
+    registry.add(A, "x")
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        left = registry.directory / f".tmp-{socket.gethostname()}-{process.pid}-left"
+        left.mkdir()
+        registry.add(B, "x")
+    assert litter(registry) == set()
+
+
+def test_a_running_process_keeps_its_files(registry: Registry) -> None:
+    registry.add(A, "x")
+    mine = registry.directory / f".tmp-{socket.gethostname()}-{os.getpid()}-mine"
+    mine.mkdir()
+    registry.add(B, "x")
+    assert mine.exists()
 
 
 def test_many_killed_processes_leave_no_more_than_one(writer: Writer, registry: Registry) -> None:

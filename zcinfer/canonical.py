@@ -45,14 +45,15 @@ _INCIDENTAL = frozenset(
 )
 
 # Dictionaries of a module whose keys are torch's count of all hooks that this process ever made.
-_HOOKS = tuple(name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
+HOOKS = tuple(name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 
-# Text files would travel as their content, and type variables carry random ids.
-_REDUCERS: dict[type, Callable[[Any], Any]] = {
-    kind: reducer
-    for kind, reducer in (cloudpickle.Pickler.dispatch_table if cloudpickle else copyreg.dispatch_table).items()
-    if kind not in (io.TextIOWrapper, typing.TypeVar)
-}
+# Each level multiplies the walks; objects that know one another through sets would take for ever.
+_MOST_NESTED_SETS = 4
+
+_REDUCERS = cloudpickle.Pickler.dispatch_table if cloudpickle is not None else copyreg.dispatch_table
+
+# By cloudpickle text files travel as their content, which nobody has asked for, and type variables with random ids.
+_NOT_BY_CLOUDPICKLE = (io.TextIOWrapper, typing.TypeVar)
 
 
 class Canonical:
@@ -78,6 +79,8 @@ class Canonical:
         self._storages: dict[tuple[Any, ...], int] = {}
         self._hooks: dict[int, int] = {}  # numbers of hooks in this walk, by torch's
         self._hook_dicts: set[int] = set()
+        self._names: dict[int, str] = {}  # of modules and parameters in the first module met
+        self._depth = 0  # of sets within sets
 
     def hexdigest(self) -> str:
         """Hexadecimal SHA-256 of everything walked so far."""
@@ -94,9 +97,8 @@ class Canonical:
             self._collection(obj)  # by value: whether two equal ones are one object is up to the compiler
             return
         if isinstance(obj, np.dtype):
-            self._emit(
-                "numpy.dtype", repr(obj.__reduce__()[1:]).encode()
-            )  # by value: NumPy makes and shares them at will
+            # By value: NumPy makes and shares them at will.
+            self._emit("numpy.dtype", repr(obj.__reduce__()[1:]).encode())
             return
         if kind is types.CellType:
             # By value: cloudpickle gives every function cells of its own.
@@ -167,14 +169,20 @@ class Canonical:
         if isinstance(items, tuple | list):
             self._sequence(kind, items)
             return
-        # In the order of their digests. That of a thing not met before costs a walk, and a lone one needs none.
-        known = [item for item in items if type(item) in _ATOMS or id(item) in self._seen]
-        new = [item for item in items if type(item) not in _ATOMS and id(item) not in self._seen]
+        # Parts of the model in the order of their names, others in that of their digests. The digest of a thing not
+        # met before costs a walk, and a lone one needs none.
+        named = sorted((item for item in items if id(item) in self._names), key=lambda item: self._names[id(item)])
+        others = [item for item in items if id(item) not in self._names]
+        known = [item for item in others if type(item) in _ATOMS or id(item) in self._seen]
+        new = [item for item in others if type(item) not in _ATOMS and id(item) not in self._seen]
         new = sorted(new, key=self._digest_of) if len(new) > 1 else new
-        self._sequence(kind, sorted(known, key=self._digest_of) + new)
+        self._sequence(kind, [*named, *sorted(known, key=self._digest_of), *new])
 
     def _digest_of(self, item: Any) -> bytes:
         """Digest of ``item`` as if it came next; the walk forgets that it was here."""
+        if self._depth == _MOST_NESTED_SETS:
+            raise ValueError(f"sets of {type(item).__name__} within sets have no order that two processes agree on")
+        self._depth += 1
         kept, self._hash = self._hash, hashlib.sha256()
         numberings: tuple[dict[Any, int], ...] = (self._seen, self._storages, self._hooks)
         lengths = [len(numbering) for numbering in numberings]
@@ -183,6 +191,7 @@ class Canonical:
             while len(numbering) > length:
                 numbering.popitem()
         digest, self._hash = self._hash.digest(), kept
+        self._depth -= 1
         return digest
 
     def _tensor(self, tensor: torch.Tensor) -> None:
@@ -247,7 +256,8 @@ class Canonical:
     def _reduced(self, obj: Any) -> None:
         """Walk what pickle would store of ``obj``."""
         if isinstance(obj, torch.nn.Module):
-            self._hook_dicts.update(id(table) for name in _HOOKS if (table := vars(obj).get(name)) is not None)
+            self._names = self._names or _names_in(obj)
+            self._hook_dicts.update(id(table) for name in HOOKS if (table := vars(obj).get(name)) is not None)
         reduced = reduce(obj)
         self._alive.append(reduced)
         if isinstance(reduced, str):
@@ -302,7 +312,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def reduce(obj: Any) -> Any:
     """What pickle stores of ``obj``, of those that it does not handle by itself."""
-    reducer = _REDUCERS.get(type(obj))
+    reducer = _REDUCERS.get(type(obj)) if type(obj) not in _NOT_BY_CLOUDPICKLE else None
     return reduce_refused(obj) or (reducer(obj) if reducer is not None else obj.__reduce_ex__(4))
 
 
@@ -327,6 +337,12 @@ def _new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> to
     for name in names:
         parametrize._inject_property(module, name)
     return module
+
+
+def _names_in(model: torch.nn.Module) -> dict[int, str]:
+    # Torch's own methods: models override them, also with fewer arguments.
+    parts = [*torch.nn.Module.named_modules(model), *torch.nn.Module.named_parameters(model)]
+    return {id(part): name for name, part in parts}
 
 
 def _new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

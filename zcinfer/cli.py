@@ -195,6 +195,8 @@ def run(
 
     check_paths(named or source[0], target)
     catalog.resolve(model)
+    if sys.stderr.isatty():  # seconds without a sign of life are for logs
+        click.echo("starting ..." if scheduler is None else f"connecting to {scheduler} ...", err=True)
     with _cluster(workers, scheduler):
         catalog.connect(store)
         report = run_job(
@@ -261,6 +263,8 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
     end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: end.set())
+    if sys.stderr.isatty():
+        click.echo("starting ...", err=True)
     with LocalCluster(n_workers=workers, memory_limit=memory_limit, scheduler_port=port) as started:
         with started.get_client():
             chosen = catalog.connect(store)

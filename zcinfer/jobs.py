@@ -442,8 +442,8 @@ class _Source:
             array: Any = zarr.open_array(self.url, mode="r")
         except Exception as error:
             raise InputError(
-                f"there is no zarr array at {self.url} on {gethostname()} ({_first_line(error)}): all workers must see it, "
-                "until the job is done"
+                f"there is no zarr array at {self.url} on {gethostname()} ({_first_line(error)}): all workers must "
+                "see it, until the job is done"
             ) from error
         return array[index]
 

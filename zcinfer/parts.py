@@ -21,8 +21,9 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from .canonical import Canonical, is_plain, reduce_refused, storage_key
+from .canonical import HOOKS, Canonical, is_plain, reduce_refused, storage_key
 from .description import ALIGNMENT, BUFFER_DTYPES, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
 from .errors import ModelCodeMissing, ModelError, SplitError
 
@@ -96,7 +97,7 @@ def split(model: torch.nn.Module) -> Parts:
         )
     taken = _Taken()
     try:
-        skeleton = _skeleton(model, taken)
+        skeleton = _skeleton((model, _last_hook(model)), taken)
     except Exception as error:
         raise SplitError(_blame(model, error, lambda part: _skeleton(part, _Taken()))) from error
 
@@ -302,7 +303,7 @@ def _unpickle(
     storages: list[torch.UntypedStorage | None] | None,
 ) -> torch.nn.Module:
     try:
-        model = _Joiner(io.BytesIO(skeleton), tensors, storages).load()
+        model, last_hook = _Joiner(io.BytesIO(skeleton), tensors, storages).load()
     except (ImportError, AttributeError) as error:
         raise ModelCodeMissing(_missing(description, error)) from error
     except Exception as error:
@@ -312,6 +313,8 @@ def _unpickle(
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{description.class_name} comes back as a {type(model).__name__}: look at its __reduce__")
+    # Torch counts hooks by process: the next one would take the place of a hook that came with the model.
+    RemovableHandle.next_id = max(RemovableHandle.next_id, last_hook + 1)
     return model
 
 
@@ -375,6 +378,11 @@ def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     array: Bytes = flat.cpu().numpy()
     return array
+
+
+def _last_hook(model: torch.nn.Module) -> int:
+    modules = torch.nn.Module.modules(model)
+    return max((key for module in modules for name in HOOKS for key in vars(module).get(name) or ()), default=-1)
 
 
 def _storage_names(model: torch.nn.Module, taken: _Taken) -> list[str]:

@@ -27,7 +27,7 @@ from .description import sha256_each
 from .errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
 from .loading import residents
 from .parts import storage_bytes
-from .probing import explain, weightless
+from .probing import explain, furthest, weightless
 from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
@@ -225,8 +225,7 @@ class Predictor:
                 found = ", ".join(
                     f"{self._input_name(number, len(inputs))} {rows}" for number, rows in enumerate(inputs)
                 )
-                # The first attempt on real rows is the one with the user's own dtypes.
-                failure = failures[len(failures) // 2]
+                failure = furthest(failures[len(failures) // 2 :])  # those on real rows
                 raise InputError(
                     f"{self.ref} ({description.class_name}) does not take these inputs: found {found}; "
                     f"{explain(failure)}. Give rows of the shape and dtype that the model was made for."

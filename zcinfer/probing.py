@@ -7,7 +7,7 @@ those that get other than floating tensors are tried on zeros as well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -92,13 +92,7 @@ def weightless(skeleton: bytes, description: Description) -> Iterator[torch.nn.M
 def explain(error: BaseException) -> str:
     """The error in a line, with the layer it arose in and what that layer expects."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-    modules = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module):
-            modules.append(owner)
-        traceback = traceback.tb_next
+    modules = _modules_of(error)
     if not modules:
         return text
     layer = modules[-1]
@@ -106,3 +100,25 @@ def explain(error: BaseException) -> str:
     expects = [f"{attribute}={getattr(layer, attribute)}" for attribute in _EXPECTS if hasattr(layer, attribute)]
     where = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
     return f"{where} expects {', '.join(expects[:2])}, {text}" if expects else f"in {where}: {text}"
+
+
+def furthest(errors: Sequence[Exception]) -> Exception:
+    """Of errors of one model, that which arose in the latest layer; the last of several."""
+
+    def depth(error: Exception) -> int:
+        modules = _modules_of(error)
+        return next((n for n, module in enumerate(modules[0].modules()) if module is modules[-1]), 0) if modules else -1
+
+    return max(reversed(errors), key=depth)
+
+
+def _modules_of(error: BaseException) -> list[torch.nn.Module]:
+    """The modules in whose methods an error arose, outermost first."""
+    modules = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            modules.append(owner)
+        traceback = traceback.tb_next
+    return modules

@@ -258,10 +258,18 @@ class Registry:
         prefix = f".tmp-{socket.gethostname()}-"
         for left in self.directory.glob(f"{prefix}*"):
             pid = left.name.removeprefix(prefix).partition("-")[0]
-            if not Path(f"/proc/{pid}").exists():
+            if not _is_running(pid):
                 shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=self.directory) as temporary:
             yield Path(temporary)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # ended, if not waited for
 
 
 def check_name(name: str) -> None:
