@@ -16,7 +16,7 @@ import pytest
 import torch
 from processes import wait_until
 
-from zcinfer import catalog, loading
+from zcinfer import catalog, loading, publishing
 from zcinfer.errors import ModelNotFound, StoreUnavailable
 from zcinfer.parts import join, split
 from zcinfer.ray_store import RayStore
@@ -154,7 +154,8 @@ def test_two_processes_share_one_copy(ray_store: Store) -> None:
     digest = put(ray_store, big, "big")
     script = """
 import gc, sys
-from zcinfer.loading import load_ref, open_store
+from zcinfer.loading import load_ref
+from zcinfer.stores import open_store
 from zcinfer.memory import process_memory
 from zcinfer.store import ModelRef
 ref = ModelRef("big", 1, sys.argv[1], 0, sys.argv[2])
@@ -222,22 +223,22 @@ def test_a_full_store_gives_sizes_and_names(ray_store: Store) -> None:
     put(ray_store, model(seed=4), "small")
     too_big = torch.nn.Linear(8000, 8000, bias=False).eval()
     with pytest.raises(StoreFull, match=r"256 MB does not fit.*200 MB.*small@1.*zcinfer rm"):
-        catalog.put(too_big, "too-big")
+        publishing.put(too_big, "too-big")
     # Refused before it begins: nothing is left to delete.
     assert "too-big" not in Registry(ray_store.registry.directory).names()
 
 
 @pytest.mark.ray
 def test_a_ref_is_small_and_picklable(ray_store: Store) -> None:
-    ref = catalog.put(model(), "refs")
+    ref = publishing.put(model(), "refs")
     assert pickle.loads(pickle.dumps(ref)) == ref
     assert len(pickle.dumps(ref)) < 500
-    assert hash(ref) == hash(catalog.put(model(), "refs"))
+    assert hash(ref) == hash(publishing.put(model(), "refs"))
 
 
 @pytest.mark.ray
 def test_deleting_frees_the_shared_memory(ray_store: Any) -> None:
-    catalog.put(torch.nn.Linear(3000, 3000, bias=False).eval(), "gone")
+    publishing.put(torch.nn.Linear(3000, 3000, bias=False).eval(), "gone")
     used = ray_store.usage()[1]
     catalog.delete("gone")
     assert ray_store.usage()[1] <= used - 36e6
@@ -299,14 +300,14 @@ def test_a_process_moves_from_one_ray_to_another(ray_store: Store) -> None:
     script = """
 import gc, sys
 import torch
-from zcinfer import catalog, loading
+from zcinfer import catalog, loading, publishing
 from zcinfer.store import ModelRef
 ref = ModelRef("moves", 1, sys.argv[1], 0, sys.argv[2])
 first = loading.load_ref(ref)
 total = float(first[0].weight.detach().double().sum())
 own = catalog.connect("ray")  # its own: no Dask client, no RAY_ADDRESS
 assert own.url != ref.store
-second = catalog.load(catalog.put(torch.nn.Linear(300, 300).eval(), "mine"))
+second = publishing.load(publishing.put(torch.nn.Linear(300, 300).eval(), "mine"))
 assert float(first[0].weight.detach().double().sum()) == total
 del first
 gc.collect()
@@ -322,8 +323,8 @@ def test_a_ref_names_its_version() -> None:
 
 
 def test_the_last_loads_are_recorded(registry: Path) -> None:
-    catalog.put(model(), "recorded")
-    catalog.load("recorded")
+    publishing.put(model(), "recorded")
+    publishing.load("recorded")
     load = loading.loads[-1]
     assert (load.model, load.store, load.protection) == ("recorded@1", "file", "copy-on-write")
     assert set(load.seconds) >= {"fetch", "map", "join"}

@@ -10,10 +10,11 @@ from .errors import ZcinferError
 
 if TYPE_CHECKING:
     from .arrays import predict
-    from .catalog import connect, delete, disconnect, load, models, put, save
+    from .catalog import connect, delete, disconnect, models
     from .cluster import LocalCluster
     from .jobs import run
     from .predictor import Predictor
+    from .publishing import load, put, save
     from .store import ModelRef
 
 # Name: module it is in. Loaded when first used, so that `import zcinfer` costs nothing.
@@ -24,12 +25,12 @@ _HOME = {
     "connect": "catalog",
     "delete": "catalog",
     "disconnect": "catalog",
-    "load": "catalog",
+    "load": "publishing",
     "models": "catalog",
     "predict": "arrays",
-    "put": "catalog",
+    "put": "publishing",
     "run": "jobs",
-    "save": "catalog",
+    "save": "publishing",
 }
 
 __version__ = "0.1.0"

@@ -1,12 +1,13 @@
-"""The verbs on models: connect, put, load, models, save, delete. Names in, refs and modules out.
+"""Names in, refs out: what is published, and which store this process uses.
 
-One store is current in a process: the one `connect` chose. `put`, `models`, `save` and `delete` work on the registry
-alone and start no Ray.
+One store is current in a process: the one `connect` chose. `models`, `delete` and `resolve` work on the registry alone
+and start no Ray. Torch is not imported here (`publishing` has put, load and save).
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -15,19 +16,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from . import config
 from .archive import Archive
 from .description import Description
-from .errors import ModelNotFound, SettingsError, ZcinferError
-from .loading import drop_store, keep_store, load_ref, open_store, residents
-from .parts import join, split
+from .errors import ArchiveError, ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
 from .registry import Registry, Version
-from .store import FileStore, ModelRef, Store
+from .store import FileStore, ModelRef, Store, registry_of
+from .stores import drop_store, keep_store, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger("zcinfer")
 
 _current: Store | None = None
 _lock = threading.RLock()
@@ -72,9 +72,11 @@ def connect(store: str | None = None) -> Store:
                 return _current
             store = str(config.get("store"))
         kind, _, rest = store.partition(":")
-        if kind == "file":
+        if kind == "ray" and "?" in rest:
+            chosen: Store = open_store(store)  # a URL, as another program printed it
+        elif kind == "file":
             directory = config.local_directory(rest, "the store's directory") if rest else config.registry_directory()
-            chosen: Store = FileStore(directory)
+            chosen = FileStore(directory)
         elif kind == "ray":
             if not rest and _current is not None and _current.url.startswith("ray:"):
                 return _current
@@ -92,66 +94,22 @@ def connect(store: str | None = None) -> Store:
 
 
 def disconnect() -> None:
-    """Let go of the current store; a Ray that we started ends."""
+    """Let go of the current store; a Ray that we started ends. What is loaded stays loaded."""
     global _current
     with _lock:
         if _current is not None:
-            residents.clear()
             drop_store(_current)
             _current = None
 
 
-def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: bool = False) -> ModelRef:
-    """Publish a model.
+def current() -> Store | None:
+    """The store that `connect` chose, if it can be used."""
+    return _current if _current is not None and _current.alive else None
 
-    Parameters
-    ----------
-    model : torch.nn.Module or path
-        A module (it is not changed), or the directory of an archive that `save` wrote.
-    name : str, optional
-        Default: the class's name in lower case, or the archive directory's.
-    trust : bool
-        Open an archive that this user has not written. A skeleton is a pickle: opening one runs code from it.
 
-    Returns
-    -------
-    ModelRef
-        The same content under the same name gives the same ref, from any process.
-
-    Raises
-    ------
-    SplitError
-        The model cannot be taken apart; the message names the attribute.
-    ArchiveError
-        The archive is truncated, altered, or not known to this user and not trusted.
-    StoreFull
-        It does not fit into the shared memory of the connected store.
-
-    Examples
-    --------
-    >>> ref = put(torch.nn.Linear(2, 3).eval(), "doc-linear")
-    >>> ref.nbytes > 24, ref == put(load("doc-linear"), "doc-linear")
-    (True, True)
-    """
-    registry = _registry()
-    if isinstance(model, str | Path):
-        path = Path(model)
-        if not path.is_dir():
-            raise ModelNotFound(f"no archive at {path}: pass a module, or the directory of an archive that save wrote")
-        opened = Archive(path) if trust else registry.open_trusted(path)
-        opened.verify()
-        name = name or path.name
-        model = join(opened.skeleton(), opened.description, opened.weights())
-    parts = split(model)
-    name = name or type(model).__name__.lower()
-    # Before anything is written, so that nothing has to be taken back.
-    registry.make_room(parts.description.digest, parts.description.nbytes)
-    if _current is not None:
-        _current.make_room(parts.description.digest, parts.description.nbytes)
-    version = registry.add(parts, name)
-    if _current is not None:
-        _current.publish(version.digest)
-    return _ref(registry, version)
+def registry() -> Registry:
+    """The registry of the current store, else that of the settings."""
+    return _current.registry if _current is not None else Registry(config.registry_directory())
 
 
 def resolve(model: str | ModelRef) -> ModelRef:
@@ -166,8 +124,15 @@ def resolve(model: str | ModelRef) -> ModelRef:
         return model
     if not isinstance(model, str):
         raise SettingsError(f"a model is given by its name or its ModelRef, found {type(model).__name__}: put it first")
-    registry = _registry()
-    return _ref(registry, registry.resolve(model))
+    return ref_of(registry().resolve(model))
+
+
+def ref_of(version: Version) -> ModelRef:
+    """The ref of a version in the registry."""
+    found = registry()
+    nbytes = found.archive(version.digest).description.nbytes
+    url = _current.url if _current is not None else FileStore(found.directory).url
+    return ModelRef(version.name, version.version, version.digest, nbytes, url)
 
 
 def ready(model: str | ModelRef) -> ModelRef:
@@ -183,39 +148,23 @@ def ready(model: str | ModelRef) -> ModelRef:
 
 def archive(ref: ModelRef) -> Archive:
     """The archive of a model in the registry."""
-    return _registry().archive(ref.digest)
+    return registry().archive(ref.digest)
+
+
+def describe(ref: ModelRef) -> tuple[Description, bytes]:
+    """Description and skeleton of a model, without its weights."""
+    try:
+        return _read(registry_of(ref.store), ref.digest)
+    except (ModelNotFound, ArchiveError):
+        # Its registry is on another machine; the store has it all the same.
+        fetched = open_store(ref.store).fetch(ref.digest)
+        return fetched.description, fetched.skeleton
 
 
 @lru_cache(maxsize=64)
 def _read(directory: Path, digest: str) -> tuple[Description, bytes]:
     found = Registry(directory).archive(digest)
     return found.description, found.skeleton()
-
-
-def describe(ref: ModelRef) -> tuple[Description, bytes]:
-    """Description and skeleton of a model, without its weights."""
-    if _in_dask_worker():
-        fetched = open_store(ref.store).fetch(ref.digest)
-        return fetched.description, fetched.skeleton
-    return _read(_registry().directory, ref.digest)
-
-
-def load(model: str | ModelRef, device: str | torch.device | None = None) -> torch.nn.Module:
-    """Build a fresh module from the current store.
-
-    Parameters
-    ----------
-    model : str or ModelRef
-        A name means its newest version.
-    device : str or torch.device, optional
-        Moved there; default: left in shared host memory.
-
-    Returns
-    -------
-    torch.nn.Module
-        In the mode it was published in. Its weights are views of shared memory; writes stay in this process.
-    """
-    return load_ref(ready(model), device)
 
 
 def models() -> pd.DataFrame:
@@ -230,12 +179,13 @@ def models() -> pd.DataFrame:
     """
     import pandas as pd
 
-    registry = _registry()
+    found = registry()
     rows = []
-    for version in registry.versions():
+    for version in found.versions():
         try:
-            found = registry.archive(version.digest).description
-            sizes = (found.nbytes, len(found.tensors), found.nbytes, found.skeleton_nbytes, found.class_name)
+            described = found.archive(version.digest).description
+            nbytes, private = described.nbytes, described.skeleton_nbytes
+            sizes = (nbytes, len(described.tensors), nbytes, private, described.class_name)
         except ZcinferError as error:
             sizes = (0, 0, 0, 0, f"damaged: {error}")
         rows.append((version.name, version.version, *sizes, version.created, version.digest))
@@ -243,97 +193,65 @@ def models() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:
-    """Write an archive of a model anywhere, without registering it.
-
-    Parameters
-    ----------
-    model : torch.nn.Module, str or ModelRef
-    path : path
-        A new directory.
-
-    Returns
-    -------
-    pathlib.Path
-    """
-    registry = _registry()
-    if not isinstance(model, torch.nn.Module):
-        opened = registry.archive(resolve(model).digest)
-        model = join(opened.skeleton(), opened.description, opened.weights())
-    return registry.save(split(model), Path(path).expanduser().absolute()).directory
-
-
 def delete(model: str | ModelRef) -> None:
-    """Forget a name and all its versions ("bert@2": that version alone).
+    """Forget a name and all its versions ("bert@2", or a ref: that version alone).
 
     Who has a model loaded keeps it; the archive and the shared memory go once nobody uses them.
+
+    Raises
+    ------
+    ModelNotFound
+        Nothing has that name; or the ref's version is not, or no longer, what the ref says.
     """
-    registry = _registry()
-    orphans = registry.remove(str(model) if isinstance(model, ModelRef) else model)
-    if _current is not None:
-        for digest in orphans:
-            _current.forget(digest)
-
-
-def _registry() -> Registry:
-    return _current.registry if _current is not None else Registry(config.registry_directory())
-
-
-def _ref(registry: Registry, version: Version) -> ModelRef:
-    nbytes = registry.archive(version.digest).description.nbytes
-    url = _current.url if _current is not None else FileStore(registry.directory).url
-    return ModelRef(version.name, version.version, version.digest, nbytes, url)
+    name, digest = (str(model), model.digest) if isinstance(model, ModelRef) else (model, None)
+    orphans = registry().remove(name, digest)
+    store = current()
+    if store is not None:
+        try:
+            for orphan in orphans:
+                store.forget(orphan)
+        except StoreUnavailable as error:
+            log.warning("%s is deleted, but its shared memory is not yet free: %s", name, error)
 
 
 def _open_ray(address: str) -> Store:
-    address = address or str(config.get("ray.address") or "") or os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        url = _store_of_cluster()
-        if url is not None:
-            return open_store(url)
     from .ray_store import RayStore  # a second of imports, for those who use it
 
-    registry = Registry(config.registry_directory())
+    address = address or str(config.get("ray.address") or "") or os.environ.get("RAY_ADDRESS", "")
+    found = Registry(config.registry_directory())
     if address:
-        return RayStore(address, registry)
-    store = RayStore.start(registry)
+        return RayStore(address, found)
     client = _dask_client()
+    url: str | None = client.get_metadata(["zcinfer-store"], None) if client is not None else None
+    if url is not None:
+        # The Ray that an earlier client has connected the cluster to, if it still answers; the registry is ours.
+        try:
+            return RayStore.open(url, found)
+        except StoreUnavailable as error:
+            log.info("the cluster's last store is gone (%s); starting another", error)
+    store = RayStore.start(found)
     if client is not None:
         client.set_metadata(["zcinfer-store"], store.url)
     return store
 
 
-def _store_of_cluster() -> str | None:
-    """URL of the Ray that an earlier client of our Dask cluster has connected it to, if it still answers."""
-    from .errors import StoreUnavailable
-
-    client = _dask_client()
-    url: str | None = client.get_metadata(["zcinfer-store"], None) if client is not None else None
-    if url is not None:
-        try:
-            open_store(url)
-        except StoreUnavailable:
-            return None
-    return url
-
-
 def _dask_client() -> Any:
     """The current Dask client, without importing distributed for those who do not use it."""
-    worker = sys.modules.get("distributed.client")
-    if worker is None:
+    module = sys.modules.get("distributed.client")
+    if module is None:
         return None
     try:
-        return worker.default_client()
+        return module.default_client()
     except ValueError:
         return None
 
 
 def _in_dask_worker() -> bool:
-    worker = sys.modules.get("distributed.worker")
-    if worker is None:
+    module = sys.modules.get("distributed.worker")
+    if module is None:
         return False
     try:
-        worker.get_worker()
+        module.get_worker()
     except ValueError:
         return False
     return True

@@ -65,13 +65,13 @@ def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
     OBJECT is an nn.Module, or a function that returns one; MODULE is importable from here or from the installed
     packages ("mymodels:build" for build() in ./mymodels.py). Publishing the same content again changes nothing.
     """
-    from . import catalog
+    from . import publishing
 
     published: Any = model
     if not os.path.isdir(model):
         published = _import_object(model)
         name = name or model.partition(":")[2].lower()
-    ref = catalog.put(published, name, trust=trust)
+    ref = publishing.put(published, name, trust=trust)
     if as_json:
         click.echo(json.dumps(asdict(ref)))
     else:

@@ -19,6 +19,8 @@ DEFAULTS: dict[str, Any] = {
     "store": "ray",
     # Directory of archives and names; None: $XDG_DATA_HOME/zcinfer
     "registry": None,
+    # Open models from a registry that other users can write to
+    "trust-registry": False,
     # Modules a process keeps built, over all models; the least recently used go first
     "residents": 32,
     "ray": {
@@ -65,8 +67,8 @@ def local_directory(text: str, what: str) -> Path:
     url = urlsplit(text)
     if url.scheme and url.scheme != "file" and "://" in text:
         raise SettingsError(
-            f"{what} is {text!r}, but only directories (of this machine, or mounted on all machines) can be "
-            "used so far. Set DASK_ZCINFER__REGISTRY to a path."
+            f"{what} is {text!r}, but only directories (of this machine, or mounted on all machines) can be used so "
+            "far: give a path."
         )
     return Path(url.path if url.scheme == "file" else text).expanduser().absolute()
 
@@ -81,11 +83,24 @@ def registry_directory() -> Path:
 
 
 def private_directory(path: Path) -> Path:
-    """Create ``path`` with mode 0700 if it is missing; refuse one that belongs to another user."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_uid != os.geteuid():
-        raise SettingsError(
-            f"{path} belongs to another user (uid {path.stat().st_uid}). Set DASK_ZCINFER__REGISTRY to a "
-            "directory of your own."
-        )
+    """Create ``path`` with mode 0700 if it is missing; refuse one that others can write to."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be used as a directory: {error}. Name another one.") from error
+    check_owner(path)
     return path
+
+
+def check_owner(path: Path) -> None:
+    """Refuse a directory that others can write to: whoever can, can have code run by whoever loads a model from it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return  # what is not there holds nothing
+    if not get("trust-registry") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise SettingsError(
+            f"{path} can be written to by others (owner {status.st_uid}, mode {status.st_mode & 0o7777:o}), and models "
+            "from there run code. Use a directory of your own (zcinfer.registry), make it yours alone (chmod 700), or "
+            "say that you trust it (zcinfer.trust-registry: true)."
+        )

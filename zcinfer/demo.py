@@ -24,7 +24,7 @@ import zarr
 from click import echo, style
 from dask.system import cpu_count
 
-from . import catalog, corpus, jobs, loading
+from . import catalog, corpus, jobs, loading, publishing, stores
 from .arrays import predict
 from .cluster import LocalCluster
 from .corpus import ANSWERS, QUESTIONS, embed_pool
@@ -92,7 +92,7 @@ def run_demo(
                 chosen = catalog.connect(store)
                 step(chosen.url.partition("?")[0])
             with _step(say, "publish the model") as step:
-                ref = catalog.put(_from_pretrained(str(directory)), NAME)
+                ref = publishing.put(_from_pretrained(str(directory)), NAME)
                 step(f"{ref}, {ref.nbytes / 1e6:.0f} MB, digest {ref.digest[:12]}")
             ref = catalog.ready(ref)
             with _step(say, "import torch and transformers on each worker") as step:
@@ -201,7 +201,7 @@ def prepare_worker(ref: ModelRef) -> dict[str, Any]:
     begin = perf_counter()
     _from_pretrained_class()
     imported = perf_counter()
-    loading.open_store(ref.store)
+    stores.open_store(ref.store)
     return {"import_seconds": imported - begin, "connect_seconds": perf_counter() - imported}
 
 

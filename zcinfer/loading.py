@@ -14,23 +14,18 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import torch
 
 from . import config
-from .errors import StoreUnavailable, ZcinferError
+from .errors import StoreUnavailable
 from .parts import join
-from .registry import Registry
-from .store import Fetched, FileStore, ModelRef, Store
+from .store import Fetched, FileStore, ModelRef, Store, registry_of
+from .stores import is_open, open_store
 
 log = logging.getLogger("zcinfer")
-
-_stores: dict[str, Store] = {}
-_stores_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -68,37 +63,6 @@ class Load:
 loads: deque[Load] = deque(maxlen=1000)
 
 
-def open_store(url: str) -> Store:
-    """The store of a URL; opened once a process."""
-    with _stores_lock:
-        if url in _stores and not _stores[url].alive:
-            _stores.pop(url).close()
-        if url not in _stores:
-            kind, _, rest = url.partition(":")
-            if kind == "file":
-                _stores[url] = FileStore(rest)
-            elif kind == "ray":
-                from .ray_store import RayStore  # a second of imports, for those who use it
-
-                _stores[url] = RayStore.open(url)
-            else:
-                raise ZcinferError(f"{url!r} is no store's URL: it begins with 'ray:' or 'file:'")
-        return _stores[url]
-
-
-def keep_store(store: Store) -> None:
-    """Have `open_store` return this store for its URL."""
-    with _stores_lock:
-        _stores[store.url] = store
-
-
-def drop_store(store: Store) -> None:
-    """Close a store and forget it."""
-    with _stores_lock:
-        _stores.pop(store.url, None)
-    store.close()
-
-
 def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.nn.Module:
     """Build a fresh module from the store that the ref names.
 
@@ -115,7 +79,7 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     """
     seconds: dict[str, float] = {}
     begin = perf_counter()
-    new = ref.store not in _stores
+    new = not is_open(ref.store)
     try:
         store = open_store(ref.store)
         if new:
@@ -143,11 +107,11 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
 
 def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Store]:
     """Map the archive itself when Ray does not answer, if this machine can see the registry."""
-    directory = parse_qs(urlsplit(ref.store).query).get("registry", [""])[0]
-    if not directory or not Path(directory).exists():
+    directory = registry_of(ref.store)
+    if not directory.exists():
         raise error
     log.warning("%s The archive of %s in %s is mapped instead.", error, ref, directory)
-    store = FileStore(Registry(directory).directory)
+    store = FileStore(directory)
     return store.fetch(ref.digest), store
 
 

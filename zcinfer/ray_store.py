@@ -17,10 +17,10 @@ import select
 import socket
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import perf_counter
-from typing import Any, TypeVar
+from time import monotonic, perf_counter
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
@@ -33,8 +33,9 @@ from .archive import MARGIN
 from .description import Bytes, Description
 from .errors import StoreFull, StoreUnavailable, ZcinferError
 from .registry import Registry
-from .sharing import map_plasma, raylet_of
+from .sharing import file_behind, map_plasma, raylet_of
 from .store import Fetched
+from .stores import PATIENCE
 
 log = logging.getLogger("zcinfer")
 
@@ -52,14 +53,15 @@ class Holder:
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._objects: dict[str, tuple[int, bytes, Any]] = {}
+        self._objects: dict[str, tuple[int, bytes, Any, str]] = {}
+        self._page = ray.put(np.zeros(1 << 17, np.uint8))  # below 100 kB Ray would send the bytes themselves
+        self._arena = file_behind(ray.get(self._page))
 
     def greet(self) -> tuple[list[Any], dict[str, tuple[bytes, list[Any]]]]:
         """A small object in shared memory, and what `fetch` gives for the models put last."""
-        # Objects in lists are passed on unread. Below 100 kB Ray would send the bytes themselves.
-        page = [ray.put(np.zeros(1 << 17, np.uint8))]
+        # Objects in lists are passed on unread.
         last = list(self._objects.items())[-_OFFERED:]
-        return page, {digest: (head, [reference]) for digest, (_, head, reference) in last}
+        return [self._page], {digest: (head, [reference]) for digest, (_, head, reference, _) in last}
 
     def fetch(self, digest: str, registry: str) -> tuple[bytes, list[Any]]:
         """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread)."""
@@ -67,8 +69,13 @@ class Holder:
             archive = Registry(registry).archive(digest)
             self.make_room(digest, archive.description.nbytes, registry)
             head = pickle.dumps((archive.description, archive.skeleton()))
-            self._objects[digest] = (archive.description.nbytes, head, ray.put(archive.padded_weights()))
-        _, head, reference = self._objects[digest]
+            reference = ray.put(archive.padded_weights())
+            if file_behind(ray.get(reference)) != self._arena:
+                # Plasma was fuller than we knew: a deleted model that somebody still maps, or objects of others.
+                del reference
+                self._refuse(archive.description.nbytes, registry, "no room in one piece")
+            self._objects[digest] = (archive.description.nbytes, head, reference, registry)
+        _, head, reference, _ = self._objects[digest]
         return head, [reference]
 
     def forget(self, digest: str) -> None:
@@ -77,21 +84,33 @@ class Holder:
 
     def usage(self) -> tuple[int, int, dict[str, int]]:
         """Capacity of the store, bytes held, and bytes by digest."""
-        held = {digest: nbytes for digest, (nbytes, _, _) in self._objects.items()}
+        held = {digest: nbytes for digest, (nbytes, _, _, _) in self._objects.items()}
         return self._capacity, sum(held.values()), held
 
     def make_room(self, digest: str, nbytes: int, registry: str) -> None:
         """Refuse a model that would not fit: Plasma itself would put it into a file on disk, and say nothing."""
-        capacity, used, held = self.usage()
-        if digest in held or used + nbytes + MARGIN <= capacity:
+        if digest in self._objects:
             return
+        self._forget_deleted()
+        capacity, used, _ = self.usage()
+        if used + nbytes + MARGIN > capacity:
+            self._refuse(nbytes, registry, f"{_mb(used)} of the store's {_mb(capacity)} are taken")
+
+    def _forget_deleted(self) -> None:
+        # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
+        known = {registry: {v.digest for v in Registry(registry).versions()} for *_, registry in self._objects.values()}
+        for digest, (*_, registry) in list(self._objects.items()):
+            if digest not in known[registry]:
+                del self._objects[digest]
+
+    def _refuse(self, nbytes: int, registry: str, why: str) -> NoReturn:
         names = {version.digest: str(version) for version in Registry(registry).versions()}
+        held = self.usage()[2]
         listed = ", ".join(f"{names.get(digest, digest[:12])} ({_mb(size)})" for digest, size in held.items())
         raise StoreFull(
-            f"a model of {_mb(nbytes)} does not fit: {_mb(used)} of the store's {_mb(capacity)} are taken"
-            f"{' by ' + listed if listed else ''}. Delete what is not needed (zcinfer rm NAME), or give Ray more "
-            "memory (DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the "
-            "store 'file'."
+            f"a model of {_mb(nbytes)} does not fit: {why}{'; held are ' + listed if listed else ''}. Delete what is "
+            "not needed (zcinfer rm NAME), or give Ray more memory (DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray "
+            "start --object-store-memory), or use the store 'file'."
         )
 
 
@@ -127,36 +146,45 @@ class RayStore:
         self._environment = environment or {}
         self._timeout = float(config.get("ray.timeout"))
         self._lost = threading.Event()
+        self._retry_at = 0.0
         self._heads: dict[str, Head] = {}
         self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
-        begin = perf_counter()
-        _probe(address, self._timeout)
-        _leave()
-        self._within(self._timeout, lambda: _connect(address, self._environment), connecting=True)
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
-        self._holder, raylet, self._offers = self._within(patience, lambda: _find_holder(ours=bool(self._environment)))
+        deadline = monotonic() + patience
+        _probe(address, patience)
+        self._session = _Session.enter(
+            address, self._environment, lambda call: self._within(deadline - monotonic(), call)
+        )
+        try:
+            ours = bool(self._environment)
+            self._holder, raylet, self._offers = self._within(deadline - monotonic(), lambda: _find_holder(ours))
+        except BaseException:
+            self._session.leave(self._timeout)
+            raise
         self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        global _connected
-        _connected = self
         if raylet is not None:
             threading.Thread(target=self._watch, args=(raylet,), daemon=True, name="zcinfer-raylet-watch").start()
-        self.connect_seconds = perf_counter() - begin
 
     @classmethod
     def start(cls, registry: Registry) -> RayStore:
         """Start a Ray of our own on this machine, which ends with this store or this process."""
+        _refuse_another(None)
         memory = config.get("ray.object-store-memory")
         own = keeper.start(_bytes(memory), timeout=float(config.get("ray.start-timeout")))
-        return cls(own.address, registry, keeper.ray_environment(), own)
+        try:
+            return cls(own.address, registry, keeper.ray_environment(), own)
+        except BaseException:
+            own.stop()
+            raise
 
     @classmethod
-    def open(cls, url: str) -> RayStore:
-        """Connect to the store of a URL."""
+    def open(cls, url: str, registry: Registry | None = None) -> RayStore:
+        """Connect to the store of a URL, filled from another registry if one is given."""
         address, _, query = url.removeprefix("ray:").partition("?")
         options = dict(parse_qsl(query))
         environment = keeper.ray_environment() if options.get("auth") == "own" else {}
-        return cls(address, Registry(options["registry"]), environment)
+        return cls(address, registry or Registry(options["registry"]), environment)
 
     @property
     def url(self) -> str:
@@ -165,7 +193,7 @@ class RayStore:
 
     @property
     def alive(self) -> bool:
-        return not self._lost.is_set()
+        return not self._lost.is_set() and self._session.entered
 
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
@@ -217,20 +245,35 @@ class RayStore:
         if died:
             self._lost.set()
             log.warning("the raylet of Ray at %s has died; models that are loaded stay so", self.address)
-            ray.shutdown()
+            self._session.leave(self._timeout)
         os.close(self._closing)
 
     def close(self) -> None:
-        if _connected is self:
-            _leave()
+        self._lost.set()
+        with contextlib.suppress(OSError):
+            os.close(self._wake)
+        self._session.leave(self._timeout)
         if self._own is not None:
             self._own.stop()
 
     def _get(self, digest: str, offer: tuple[Head, Any] | None) -> tuple[Head, Bytes]:
-        if offer is None:
-            head, (reference,) = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
-            offer = pickle.loads(head), reference
-        return offer[0], ray.get(offer[1])
+        if offer is not None:
+            try:
+                return offer[0], ray.get(offer[1])
+            except ray.exceptions.ObjectLostError:
+                pass  # its holder has died since; the next one puts it again
+        head, (reference,) = self._ask(digest)
+        try:
+            padded = ray.get(reference)
+        except ray.exceptions.ObjectLostError:
+            ray.get(self._holder.forget.remote(digest))
+            head, (reference,) = self._ask(digest)
+            padded = ray.get(reference)
+        return pickle.loads(head), padded
+
+    def _ask(self, digest: str) -> tuple[bytes, list[Any]]:
+        answer: tuple[bytes, list[Any]] = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
+        return answer
 
     def _patience(self, digest: str) -> float:
         """Seconds to wait for a model: the holder may have to read it from a slow disk and put it first."""
@@ -240,19 +283,19 @@ class RayStore:
             nbytes = 0
         return self._timeout + nbytes / 50e6
 
-    def _within(self, seconds: float, function: Callable[[], T], connecting: bool = False) -> T:
-        # Not connected, Ray would start a cluster of its own at the next call, open to the network.
-        if self._lost.is_set() or not (connecting or ray.is_initialized()):
+    def _within(self, seconds: float, function: Callable[[], T]) -> T:
+        if self._lost.is_set():
             raise StoreUnavailable(f"Ray at {self.address} has died. Start another with zc.connect().")
+        if monotonic() < self._retry_at:
+            raise StoreUnavailable(f"Ray at {self.address} did not answer a moment ago, and is given a minute.")
         outcome = _join_within(seconds, function)
         if outcome is None:
-            # Releases the call that hangs, and lets a later attempt connect anew.
-            self._lost.set()
-            _abandon()
+            # Slow is not dead: what hangs is left to hang, and the next one to ask need not wait as long.
+            self._retry_at = monotonic() + PATIENCE
             raise StoreUnavailable(
-                f"Ray at {self.address} has not answered within {seconds:.0f} s: it, or this machine's raylet, has "
-                "died or is overloaded; or it asks for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this process "
-                "does not have. Mend that and call zc.connect() again, or use the store 'file'."
+                f"Ray at {self.address} has not answered within {max(seconds, 0):.0f} s: it is overloaded or stopped, "
+                "or asks for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this process does not have. Mend that "
+                "and call zc.connect() again, or use the store 'file'."
             )
         result, error = outcome
         if error is None:
@@ -264,21 +307,82 @@ class RayStore:
         raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
 
 
-# A process is in one Ray at a time.
-_connected: RayStore | None = None
+class _Session:
+    """This process's connection to a Ray: it is in one at a time, and in the user's own if that was there first."""
+
+    current: _Session | None = None
+
+    def __init__(self, address: str, environment: dict[str, str], users: bool):
+        self.address = address
+        self.users = users
+        self.entered = False
+        self._environment = environment
+        self._before: dict[str, str | None] = {}
+        self._leaving = threading.Lock()
+
+    @classmethod
+    def enter(cls, address: str, environment: dict[str, str], within: Callable[[Callable[[], None]], None]) -> _Session:
+        """Connect; another store's session is left first, and one that is not ours is never left."""
+        if cls.current is not None:
+            cls.current.leave(float(config.get("ray.timeout")))
+        users = _refuse_another(address)
+        session = cls(address, environment or _users_token(), users)
+        if not users:
+            within(session._connect)
+        session.entered = True
+        cls.current = session
+        return session
+
+    def _connect(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self._environment}
+        self._set(self._environment)
+        # Ray's own start-up notes would land in the middle of a progress bar.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(
+            address=self.address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            configure_logging=False,
+            logging_level=logging.ERROR,
+        )
+
+    def leave(self, seconds: float) -> None:
+        """Disconnect, unless the session is the user's. What is loaded stays loaded."""
+        with self._leaving:
+            if not self.entered:
+                return
+            self.entered = False
+            if _Session.current is self:
+                _Session.current = None
+            if not self.users:
+                # With the raylet gone, shutdown may hang as every other call.
+                _join_within(seconds, ray.shutdown)
+                self._set(self._before)
+
+    @staticmethod
+    def _set(environment: Mapping[str, str | None]) -> None:
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if environment:
+            # Ray reads these variables when it is imported, which a script may have done long ago.
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _leave() -> None:
-    """Disconnect from the Ray this process is in. What is loaded from it stays loaded."""
-    global _connected
-    store, _connected = _connected, None
-    if store is None:
-        return
-    store._lost.set()
-    with contextlib.suppress(OSError):
-        os.close(store._wake)
-    # With the raylet gone, shutdown may hang as every other call.
-    _join_within(store._timeout, ray.shutdown)
+def _refuse_another(address: str | None) -> bool:
+    """Whether the user's program is in the Ray at ``address`` itself; refuse if it is in another."""
+    if not ray.is_initialized() or _Session.current is not None:
+        return False
+    found = ray.get_runtime_context().gcs_address
+    if found != address:
+        raise StoreUnavailable(
+            f"this process is in Ray at {found} already, and can be in one only. Use that one, "
+            f"zc.connect('ray:{found}'), or the store 'file'."
+        )
+    return True
 
 
 def _probe(address: str, timeout: float) -> None:
@@ -301,28 +405,6 @@ def _users_token() -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token"} if unset and (Path.home() / ".ray" / "auth_token").exists() else {}
 
 
-def _connect(address: str, environment: dict[str, str]) -> None:
-    environment = environment or _users_token()
-    if environment:
-        os.environ.update(environment)
-        # Ray reads these variables when it is imported, which a script may have done long ago.
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-    # Ray's own start-up notes would land in the middle of a progress bar.
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    if ray.is_initialized():
-        if ray.get_runtime_context().gcs_address == address:
-            return
-        ray.shutdown()
-    ray.init(
-        address=address,
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level=logging.ERROR,
-    )
-
-
 def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any]]]:
     capacity = min(
         (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
@@ -331,6 +413,7 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
         ray.remote(Holder)
         .options(
             name=HOLDER,
+            namespace=NAMESPACE,
             get_if_exists=True,
             lifetime="detached",
             num_cpus=0,
@@ -348,10 +431,6 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
     page = ray.get(reference)
     map_plasma(page, 0, 1)
     return holder, raylet_of(page), {d: (pickle.loads(head), ref) for d, (head, (ref,)) in offers.items()}
-
-
-def _abandon() -> None:
-    threading.Thread(target=ray.shutdown, daemon=True, name="zcinfer-ray-shutdown").start()
 
 
 def _join_within(seconds: float, function: Callable[[], T]) -> tuple[T | None, BaseException | None] | None:

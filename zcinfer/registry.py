@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 from .archive import Archive, write_archive
-from .config import private_directory
+from .config import check_owner, private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
 
 if TYPE_CHECKING:
@@ -87,13 +86,12 @@ class Registry:
                 elif not self._is_complete(digest):  # removed by another process a moment ago
                     written = write_archive(parts, temporary / "archive")
                     self._install(written, digest)
-                versions = self._versions(name)
+                versions, last = self._read_versions(name)
                 if versions and versions[-1].digest == digest:
                     return versions[-1]
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                number = versions[-1].version + 1 if versions else 1
-                versions.append(Version(name, number, digest, created))
-                self._write_versions(name, versions)
+                versions.append(Version(name, last + 1, digest, created))
+                self._write_versions(name, versions, last + 1)
                 return versions[-1]
 
     def save(self, parts: Parts, directory: Path) -> Archive:
@@ -115,8 +113,10 @@ class Registry:
         ModelNotFound
             With the nearest names.
         """
-        base, _, number = name.partition("@")
+        base, at, number = name.partition("@")
         check_name(base)
+        if at and not number:
+            raise SettingsError(f"{name!r} names no version: write {base!r}, or {base}@1")
         versions = self._versions(base)
         if not versions:
             names = self.names()
@@ -140,6 +140,7 @@ class Registry:
         ArchiveError
             It is truncated or altered.
         """
+        check_owner(self.directory)
         directory = self._archive_directory(digest)
         if not directory.exists():
             raise ModelNotFound(
@@ -151,24 +152,29 @@ class Registry:
         return archive
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """All names that have versions, sorted."""
         found = (self.directory / "names").glob("*.json")
-        return sorted(unquote(path.stem) for path in found if not path.name.startswith("."))
+        names = sorted(unquote(path.stem) for path in found if not path.name.startswith("."))
+        return [name for name in names if self._versions(name)]
 
     def versions(self) -> list[Version]:
         """All versions of all names."""
         return [version for name in self.names() for version in self._versions(name)]
 
-    def remove(self, name: str) -> list[str]:
-        """Forget a name (or one version, "bert@2"); returns the digests that no name has any more."""
+    def remove(self, name: str, digest: str | None = None) -> list[str]:
+        """Forget a name (or one version, "bert@2", if it still is ``digest``); returns the digests without a name."""
         base, _, number = name.partition("@")
-        gone = self.resolve(name)
         with self._lock():
-            versions = self._versions(base)
+            gone = self.resolve(name)
+            if digest is not None and gone.digest != digest:
+                raise ModelNotFound(f"{name} is another model here ({gone.digest[:12]}, not {digest[:12]})")
+            versions, last = self._read_versions(base)
             kept = [version for version in versions if number and version.version != gone.version]
-            self._write_versions(base, kept)
+            # The file stays: a number that was given once never names another model.
+            self._write_versions(base, kept, last)
             used = {version.digest for version in self.versions()}
-            orphans = sorted({version.digest for version in versions} - used)
+            # Also what a process that died while it removed or added has left.
+            orphans = sorted({path.name for path in (self.directory / "archives").iterdir()} - used)
             for digest in orphans:
                 # Renamed first: a reader finds the archive whole or not at all. Mappings of it stay valid.
                 with self._temporary() as temporary, suppress(FileNotFoundError):
@@ -224,52 +230,68 @@ class Registry:
         return self.directory / "names" / f"{quote(name, safe='')}.json"
 
     def _versions(self, name: str) -> list[Version]:
+        return self._read_versions(name)[0]
+
+    def _read_versions(self, name: str) -> tuple[list[Version], int]:
+        """Versions of a name, oldest first, and the last number that was given."""
         path = self._names_file(name)
         try:
-            return [Version(**value) for value in json.loads(path.read_bytes())]
+            found = json.loads(path.read_bytes())
+            return [Version(**value) for value in found["versions"]], int(found["last"])
         except FileNotFoundError:
-            return []
-        except (OSError, TypeError, ValueError) as error:
+            return [], 0
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ArchiveError(
                 f"{path}, the versions of {name!r}, cannot be read: {error}. Remove the file."
             ) from error
 
-    def _write_versions(self, name: str, versions: list[Version]) -> None:
+    def _write_versions(self, name: str, versions: list[Version], last: int) -> None:
         path = self._names_file(name)
         path.parent.mkdir(exist_ok=True)
-        if versions:
-            with self._temporary() as temporary:
-                (temporary / "names").write_text(json.dumps([asdict(version) for version in versions], indent=1))
-                os.replace(temporary / "names", path)
-        else:
-            path.unlink(missing_ok=True)
+        with self._temporary() as temporary:
+            content = {"last": last, "versions": [asdict(version) for version in versions]}
+            (temporary / "names").write_text(json.dumps(content, indent=1))
+            os.replace(temporary / "names", path)
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def _lock(self, name: str = ".lock") -> Iterator[None]:
         private_directory(self.directory)
-        with open(self.directory / ".lock", "w") as file:
+        with open(self.directory / name, "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A directory on the registry's file system, gone afterwards; those of dead processes go too."""
-        private_directory(self.directory)
-        prefix = f".tmp-{socket.gethostname()}-"
-        for left in self.directory.glob(f"{prefix}*"):
-            pid = left.name.removeprefix(prefix).partition("-")[0]
-            if not _is_running(pid):
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=self.directory) as temporary:
-            yield Path(temporary)
+        # Each is locked by who uses it, in a step that nobody else sees half done.
+        with self._lock(".lock-temporary"):
+            for left in self.directory.glob(".tmp-*"):
+                descriptor = _claim(left)
+                if descriptor is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(descriptor)
+            directory = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.directory))
+            claimed = _claim(directory)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+            if claimed is not None:
+                os.close(claimed)
 
 
-def _is_running(pid: str) -> bool:
+def _claim(directory: Path) -> int | None:
+    """Descriptor of a directory that is locked until it is closed or this process ends; None: another has it."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
-    return state not in "ZX"  # ended, if not waited for
+        return None  # gone meanwhile
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def check_name(name: str) -> None:

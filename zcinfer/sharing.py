@@ -95,6 +95,12 @@ def map_plasma(array: Bytes, offset: int, nbytes: int) -> tuple[Bytes, str]:
     return _read_only(array, offset, nbytes), "read-only"
 
 
+def file_behind(array: Bytes) -> tuple[int, int] | None:
+    """Device and inode of the file that ``array`` lies in."""
+    area = _area_of(array.ctypes.data)
+    return area[2:] if area is not None else None
+
+
 def raylet_of(array: Bytes) -> int | None:
     """Process id of the raylet whose store ``array`` lies in; None where it cannot be seen."""
     area = _area_of(array.ctypes.data)

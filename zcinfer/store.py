@@ -11,9 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
+from urllib.parse import parse_qs
 
 from .description import Bytes, Description
 from .registry import Registry
+
+
+def registry_of(url: str) -> Path:
+    """Directory of the registry in a store's URL."""
+    kind, _, rest = url.partition(":")
+    return Path(rest if kind == "file" else parse_qs(rest.partition("?")[2])["registry"][0])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Models in and out: put, load, save. What of the catalog needs torch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from . import catalog
+from .archive import Archive
+from .errors import ModelNotFound, OutputError
+from .loading import load_ref
+from .parts import join, split
+from .registry import check_name
+from .store import ModelRef
+
+log = logging.getLogger("zcinfer")
+
+# Bytes that each process would hold for itself, above which `put` says so.
+_MUCH_PRIVATE = 1_000_000
+
+
+def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: bool = False) -> ModelRef:
+    """Publish a model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or path
+        A module (it is not changed), or the directory of an archive that `save` wrote.
+    name : str, optional
+        Default: the class's name in lower case, or the archive directory's.
+    trust : bool
+        Open an archive that this user has not written. A skeleton is a pickle: opening one runs code from it.
+
+    Returns
+    -------
+    ModelRef
+        The same content under the same name gives the same ref, from any process.
+
+    Raises
+    ------
+    SplitError
+        The model cannot be taken apart; the message names the attribute.
+    ArchiveError
+        The archive is truncated, altered, or not known to this user and not trusted.
+    StoreFull
+        It does not fit into the shared memory of the connected store.
+
+    Examples
+    --------
+    >>> ref = put(torch.nn.Linear(2, 3).eval(), "doc-linear")
+    >>> ref.nbytes > 24, ref == put(load("doc-linear"), "doc-linear")
+    (True, True)
+    """
+    registry = catalog.registry()
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if not path.is_dir():
+            raise ModelNotFound(f"no archive at {path}: pass a module, or the directory of an archive that save wrote")
+        opened = Archive(path) if trust else registry.open_trusted(path)
+        opened.verify()
+        name = name or path.name
+        model = join(opened.skeleton(), opened.description, opened.weights())
+    parts = split(model)
+    name = name or type(model).__name__.lower()
+    check_name(name)
+    described = parts.description
+    if described.skeleton_nbytes > _MUCH_PRIVATE:
+        log.warning(
+            "%s: %.1f MB are shared, but %.1f MB are private to each process that loads it: what is no tensor (NumPy "
+            "arrays, text, caches) stays in the skeleton. Make arrays buffers (register_buffer) to have them shared.",
+            name,
+            described.nbytes / 1e6,
+            described.skeleton_nbytes / 1e6,
+        )
+    # Before anything is written, so that nothing has to be taken back.
+    registry.make_room(described.digest, described.nbytes)
+    store = catalog.current()
+    if store is not None:
+        store.make_room(described.digest, described.nbytes)
+    version = registry.add(parts, name)
+    if store is not None:
+        store.publish(version.digest)
+    return catalog.ref_of(version)
+
+
+def load(model: str | ModelRef, device: str | torch.device | None = None) -> torch.nn.Module:
+    """Build a fresh module from the current store.
+
+    Parameters
+    ----------
+    model : str or ModelRef
+        A name means its newest version.
+    device : str or torch.device, optional
+        Moved there; default: left in shared host memory.
+
+    Returns
+    -------
+    torch.nn.Module
+        In the mode it was published in. Its weights are views of shared memory; writes stay in this process.
+    """
+    return load_ref(catalog.ready(model), device)
+
+
+def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:
+    """Write an archive of a model anywhere, without registering it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, str or ModelRef
+    path : path
+        A new directory.
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    SettingsError, OutputError
+        There is something at ``path`` already, or it cannot be written.
+    """
+    registry = catalog.registry()
+    if not isinstance(model, torch.nn.Module):
+        opened = registry.archive(catalog.resolve(model).digest)
+        model = join(opened.skeleton(), opened.description, opened.weights())
+    parts = split(model)
+    try:
+        return registry.save(parts, Path(path).expanduser().absolute()).directory
+    except OSError as error:
+        raise OutputError(f"no archive can be written to {path}: {error}") from error

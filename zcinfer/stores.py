@@ -1,0 +1,71 @@
+"""The stores this process has open, by URL. Not for choosing one (`catalog`)."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from time import monotonic
+
+from .errors import SettingsError, StoreUnavailable
+from .store import FileStore, Store
+
+# Seconds for which a store that did not answer is not asked again: each question costs its time limit.
+PATIENCE = 60.0
+
+_open: dict[str, Store] = {}
+_refused: dict[str, tuple[float, str]] = {}
+_locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+
+def is_open(url: str) -> bool:
+    """Whether this process has that store open."""
+    return url in _open
+
+
+def open_store(url: str) -> Store:
+    """The store of a URL; opened once a process.
+
+    Raises
+    ------
+    StoreUnavailable
+        It does not answer, or did not a moment ago.
+    """
+    store = _open.get(url)
+    if store is not None and store.alive:
+        return store
+    with _locks[url]:
+        store = _open.get(url)
+        if store is not None and store.alive:
+            return store
+        until, reason = _refused.get(url, (0.0, ""))
+        if monotonic() < until:
+            raise StoreUnavailable(reason)
+        try:
+            _open[url] = _new(url)
+        except StoreUnavailable as error:
+            _refused[url] = monotonic() + PATIENCE, str(error)
+            raise
+        return _open[url]
+
+
+def keep_store(store: Store) -> None:
+    """Have `open_store` return this store for its URL."""
+    _open[store.url] = store
+
+
+def drop_store(store: Store) -> None:
+    """Close a store and forget it."""
+    if _open.get(store.url) is store:
+        del _open[store.url]
+    store.close()
+
+
+def _new(url: str) -> Store:
+    kind, _, rest = url.partition(":")
+    if kind == "file":
+        return FileStore(rest)
+    if kind == "ray":
+        from .ray_store import RayStore  # a second of imports, for those who use it
+
+        return RayStore.open(url)
+    raise SettingsError(f"{url!r} is no store's URL: it begins with 'ray:' or 'file:'")
