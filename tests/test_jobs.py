@@ -26,7 +26,8 @@ from torch import nn
 
 import zcinfer as zc
 from zcinfer.errors import BlockError, InputError, ModelNotFound, OutputError, SettingsError
-from zcinfer.jobs import Report, _write_block, check_paths, write
+from zcinfer.jobs import Report, check_paths, write
+from zcinfer.target import write_block
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -432,6 +433,13 @@ def test_same_content_under_another_name_goes_on(tmp_path: Path, source: Path) -
     assert run("renamed", source, tmp_path / "out.zarr").computed == 0
 
 
+def test_named_input_is_another_job_than_the_first_argument(tmp_path: Path, source: Path) -> None:
+    zc.put(linear(), "model")
+    run("model", source, tmp_path / "out.zarr")
+    with pytest.raises(OutputError, match="differs in settings"):
+        run("model", {"input": source}, tmp_path / "out.zarr")
+
+
 def test_same_source_named_otherwise_goes_on(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zc.put(linear(), "model")
     monkeypatch.chdir(tmp_path)
@@ -683,8 +691,8 @@ def test_block_of_another_run_is_not_written(tmp_path: Path, source: Path, scrip
     with pytest.raises(BlockError):
         run("scripted", source, tmp_path / "out.zarr")
     partial = tmp_path / "out.zarr.partial"
-    with pytest.raises(BlockError, match="is another run's by now"):
-        _write_block(np.zeros((5, 3), "f4"), str(partial), "an older token", 5, block_id=(3,))
+    with pytest.raises(BlockError, match="another one writes there"):
+        write_block(np.zeros((5, 3), "f4"), str(partial), "an older token", 5, block_id=(3,))
     assert not (partial / "c" / "3").exists()
     assert not (partial / ".zcinfer" / "done" / "3").exists()
 

@@ -20,9 +20,6 @@ from .errors import SettingsError, ZcinferError
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        # As under `python -m`: models may be defined by modules in the current directory.
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
         try:
             return super().invoke(ctx)
         except ZcinferError as error:
@@ -33,6 +30,12 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.secho("interrupted", err=True)
             ctx.exit(130)
+
+
+def _see_here() -> None:
+    """Let models be defined by modules in the current directory; last, so that none there replaces a package."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 _STORE = click.option("--store", help="'ray' (default), 'ray:HOST:PORT', 'file' or 'file:DIR'.")
@@ -56,7 +59,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--name", help="Name to publish under. Default: the class's or the archive's.")
+@click.option("--name", help="Name to publish under. Default: that of OBJECT, or of the directory.")
 @click.option("--trust", is_flag=True, help="Open an archive that you have not written: this runs code from it.")
 @_JSON
 def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
@@ -65,8 +68,9 @@ def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
     OBJECT is an nn.Module, or a function that returns one; MODULE is importable from here or from the installed
     packages ("mymodels:build" for build() in ./mymodels.py). Publishing the same content again changes nothing.
     """
-    from . import publishing
+    from . import catalog, publishing
 
+    _see_here()
     published: Any = model
     if not os.path.isdir(model):
         published = _import_object(model)
@@ -75,7 +79,8 @@ def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(ref)))
     else:
-        click.echo(f"{ref}  {_size(ref.nbytes)}  {ref.digest[:12]}")
+        private = catalog.archive(ref).description.skeleton_nbytes
+        click.echo(f"{ref}  {_size(ref.nbytes)} shared, {_size(private)} private  {ref.digest[:12]}")
 
 
 @main.command()
@@ -193,6 +198,7 @@ def run(
     from .jobs import check_paths
     from .jobs import run as run_job
 
+    _see_here()
     check_paths(named or source[0], target)
     catalog.resolve(model)
     if sys.stderr.isatty():  # seconds without a sign of life are for logs
@@ -260,6 +266,7 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
     from . import catalog
     from .cluster import LocalCluster
 
+    _see_here()
     end = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: end.set())

@@ -136,6 +136,11 @@ def _refuse_reimport() -> None:
 
 def _refuse_exposure(kwargs: dict[str, Any]) -> None:
     """Refuse arguments of `distributed.LocalCluster` that open ports to the network or run workers as threads."""
+    if kwargs.pop("gpus", None) is not None or kwargs.pop("jobs_per_gpu", 1) != 1:
+        raise SettingsError("workers pinned to GPUs are not there yet: leave out gpus= and jobs_per_gpu=")
+    scheduler = kwargs.get("scheduler_kwargs") or {}
+    for name in {"host", "interface", "contact_address", "dashboard_address", "protocol"} & scheduler.keys():
+        raise SettingsError(f"scheduler_kwargs may not have {name}: the scheduler listens on {LOOPBACK} only")
     for name in {"host", "interface", "ip", "processes", "worker_class"} & kwargs.keys():
         raise SettingsError(
             f"zcinfer.LocalCluster runs processes that listen on {LOOPBACK} only and does not take {name}=. For other "

@@ -1,39 +1,28 @@
 """The batch job: a lazy array written to zarr block by block, restartable. The output is the checkpoint.
 
-While a job runs its output lies in ``TARGET.partial``, a zarr array of whole chunks with, in ``.zcinfer`` inside it, a
-manifest (what is computed: inputs, model digest, settings) and a mark per finished block. The last step renames it
-to ``TARGET``: what has that name is complete. (Marks and not chunk files say what is done: zarr leaves out chunks
-that hold nothing but the fill value.)
+Not for where the output lies (`target`), nor for what is read (`sources`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from socket import gethostname
 from time import perf_counter
 from typing import Any
 
 import dask.array as da
 import numpy as np
-import zarr
-from zarr.storage import LocalStore
 
-from .archive import write_file
 from .arrays import predict
-from .config import local_directory
 from .errors import BlockError, InputError, OutputError, SettingsError, ZcinferError
 from .predictor import Output, Predictor
 from .progress import Progress
+from .sources import open_source, stamp
 from .store import ModelRef
+from .target import Target, token_of, write_block
 
 FORMAT = 1
 
@@ -124,7 +113,7 @@ def run(
     """
     if block_rows is not None and block_rows < 1:
         raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
-    place = _Target(target)
+    place = Target(target)
     named = isinstance(source, Mapping)
     sources = _by_name(source)
     opened = _open_all(sources, place)
@@ -145,24 +134,24 @@ def run(
         "model": str(predictor.ref),
         "digest": predictor.ref.digest,
         "settings": predictor.fingerprint(),
-        "inputs": {name: _stamp(value, opened[name]) for name, value in sources.items()},
+        "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
     }
     return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
 
 
 def check_paths(source: Any, target: str | Path) -> None:
     """Refuse the paths that `run` would refuse, before anything is started."""
-    _open_all(_by_name(source), _Target(target))
+    _open_all(_by_name(source), Target(target))
 
 
 def check_target(target: str | Path) -> None:
     """Refuse a target that exists and was not written by zcinfer, before anything is started."""
-    _Target(target).refuse_foreign()
+    Target(target).refuse_foreign()
 
 
 def write(
     array: da.Array,
-    target: str | Path | _Target,
+    target: str | Path | Target,
     identity: dict[str, Any],
     *,
     resume: bool = True,
@@ -188,7 +177,7 @@ def write(
     Report
     """
     begin = perf_counter()
-    place = target if isinstance(target, _Target) else _Target(target)
+    place = target if isinstance(target, Target) else Target(target)
     lengths = array.chunks[0]
     if any(length != lengths[0] for length in lengths[:-1]) or not lengths[-1] <= lengths[0]:
         raise OutputError(
@@ -214,9 +203,9 @@ def write(
         rows_done = sum(lengths[number] for number in done)
         with Progress(label, array.shape[0], rows_done, quiet=not progress) as bar:
             if missing:
-                token = _token(place.partial)
+                token = token_of(place.partial)
                 written = array.map_blocks(
-                    _write_block,
+                    write_block,
                     str(place.partial),
                     token,
                     lengths[0],
@@ -230,129 +219,6 @@ def write(
                     bar.add(lengths[number])
         place.finish()
         return report(len(missing))
-
-
-class _Target:
-    """The place of a job's output, and what lies there."""
-
-    def __init__(self, path: str | Path):
-        self.path = local_directory(str(path), "the target")
-        if not self.path.name:
-            raise OutputError(f"{self.path} cannot be a target: give the path of a new directory")
-        self.partial = self.path.with_name(self.path.name + ".partial")
-
-    @contextmanager
-    def claim(self, manifest: dict[str, Any], resume: bool) -> Iterator[bool]:
-        """Hold the target for this run; yields whether it is complete already."""
-        lock = self.path.with_name(f".{self.path.name}.lock")
-        with ExitStack() as stack:
-            with self._told():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(lock, "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run before may have removed the file between our opening and our locking it.
-                held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
-            except OSError:
-                held = False
-            if not held:
-                raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target")
-            try:
-                yield self._check(manifest, resume)
-            finally:
-                lock.unlink(missing_ok=True)
-
-    def refuse_foreign(self) -> None:
-        """Refuse a target that exists and is not ours."""
-        for place in (self.path, self.partial):
-            if os.path.lexists(place) and _manifest_of(place) is None:
-                raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
-
-    def refuse_source(self, source: Any, name: str) -> None:
-        """Refuse a source in the place of the target, where starting over would remove it."""
-        directory = _directory_of(source)
-        for place in (self.path.resolve(), self.partial.resolve()):
-            if directory is not None and (directory.is_relative_to(place) or place.is_relative_to(directory)):
-                raise OutputError(
-                    f"{name} lies at {directory}, in the place of the target {place}: choose another target"
-                )
-
-    def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
-        self.refuse_foreign()
-        for place in (self.path, self.partial):
-            found = _manifest_of(place)
-            if found is None:
-                continue
-            if not resume:
-                with self._told():
-                    shutil.rmtree(place)
-            elif differs := [key for key in _differences(found, manifest) if key != "model"]:  # names change
-                raise OutputError(
-                    f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another "
-                    "target, or start over with resume=False (--start-over)"
-                )
-        return self.path.exists()
-
-    def prepare(self, manifest: dict[str, Any]) -> set[int]:
-        """Create the output unless an earlier run has; numbers of the blocks that are done."""
-        if not self.partial.exists():
-            new = self.path.with_name(f".{self.path.name}.new")
-            with self._told():
-                shutil.rmtree(new, ignore_errors=True)
-                zarr.create_array(
-                    str(new),
-                    shape=tuple(manifest["shape"]),
-                    chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
-                    dtype=manifest["dtype"],
-                    attributes={"zcinfer": manifest["identity"]},
-                )
-                (new / ".zcinfer" / "done").mkdir(parents=True)
-                write_file(new / ".zcinfer" / "manifest.json", json.dumps(manifest, indent=1).encode())
-                os.rename(new, self.partial)
-        return {int(mark.name) for mark in (self.partial / ".zcinfer" / "done").iterdir()}
-
-    def finish(self) -> None:
-        """Give the complete output its name."""
-        with self._told():
-            for left in self.partial.rglob("*.partial"):
-                left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
-            os.rename(self.partial, self.path)
-            shutil.rmtree(self.path / ".zcinfer" / "done")
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{self.path} cannot be written: {error}. Choose another target, or mend that first."
-            ) from error
-
-
-def _write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
-    number = block_id[0]
-    try:
-        if _token(Path(path)) != token:
-            # This task was running when its run stopped; what lies there now belongs to one that started over.
-            raise BlockError(f"block {number} was not written: {path} is another run's by now")
-        _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
-        (Path(path) / ".zcinfer" / "done" / str(number)).touch()
-    except OSError as error:
-        raise BlockError(
-            f"block {number} could not be written to {path}: {error}. Free space or rights, and run again."
-        ) from error
-    return np.full(1, len(block))
-
-
-def _token(partial: Path) -> str:
-    """Names this very output: another one under the same path has another token."""
-    status = os.stat(partial / ".zcinfer" / "manifest.json")
-    return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
-
-
-@lru_cache(maxsize=8)
-def _open_target(path: str, token: str) -> Any:
-    return zarr.open_array(path, mode="r+")
 
 
 def _compute(written: da.Array, numbers: Sequence[int]) -> Iterator[int]:
@@ -421,101 +287,10 @@ def _by_name(source: Any) -> dict[str, Any]:
     }
 
 
-def _open_all(sources: dict[str, Any], place: _Target) -> dict[str, da.Array]:
+def _open_all(sources: dict[str, Any], place: Target) -> dict[str, da.Array]:
     place.refuse_foreign()
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
     for name, value in sources.items():
         place.refuse_source(value, name)
-    return {name: _open(value, name) for name, value in sources.items()}
-
-
-class _Source:
-    """A zarr array that is opened where it is read. One that is not there is an error, and not all fill values."""
-
-    def __init__(self, url: str, array: Any):
-        self.url = url
-        self.shape, self.ndim, self.dtype = array.shape, array.ndim, array.dtype
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            array: Any = zarr.open_array(self.url, mode="r")
-        except Exception as error:
-            raise InputError(
-                f"there is no zarr array at {self.url} on {gethostname()} ({_first_line(error)}): all workers must "
-                "see it, until the job is done"
-            ) from error
-        return array[index]
-
-
-def _open(source: Any, name: str) -> da.Array:
-    if isinstance(source, da.Array):
-        if source.ndim and source.shape[0] != source.shape[0]:
-            raise InputError(f"{name} is a dask array of an unknown number of rows: call compute_chunk_sizes() on it")
-        return source
-    directory = _directory_of(source)
-    if isinstance(source, zarr.Array):
-        found: Any = source
-    elif isinstance(source, str | Path):
-        try:
-            found = zarr.open(str(source), mode="r")
-        except Exception as error:
-            raise InputError(f"{name}: there is no zarr array at {source} ({_first_line(error)})") from error
-    else:
-        raise InputError(f"{name} is a {type(source).__name__}: give the path or URL of a zarr array, or a dask array")
-    if isinstance(found, zarr.Group):
-        inside = ", ".join(f"{source}/{key}" for key, _ in list(found.arrays())[:5]) or "it has no arrays"
-        raise InputError(f"{name}: {source} is a zarr group; give one of its arrays: {inside}")
-    if found.ndim == 0:
-        raise InputError(f"{name}: {source} is a single number: the rows are along axis 0")
-    if directory is None and isinstance(source, zarr.Array):
-        return da.from_zarr(found)  # of a store that has no path
-    return da.from_array(
-        _Source(str(directory or source), found),
-        chunks=(found.chunks[0], *found.shape[1:]),
-        name=False,
-        meta=np.empty((0,) * found.ndim, found.dtype),
-    )
-
-
-def _stamp(source: Any, array: Any) -> dict[str, Any]:
-    """What tells this input from another, in JSON types."""
-    if isinstance(source, da.Array):
-        return {"dask": source.name}
-    stamp: dict[str, Any] = {"url": str(source), "shape": list(array.shape), "dtype": str(array.dtype)}
-    directory = _directory_of(source)
-    if directory is not None:
-        # zarr replaces files, so that a directory changes with each chunk written into it.
-        changed = max(os.stat(place).st_mtime_ns for place, _, _ in os.walk(directory))
-        stamp |= {"url": str(directory), "modified": changed}
-    return stamp
-
-
-def _directory_of(source: Any) -> Path | None:
-    """Directory of this machine that a source lies in."""
-    if isinstance(source, zarr.Array):
-        return Path(source.store.root, source.path).resolve() if isinstance(source.store, LocalStore) else None
-    try:
-        return local_directory(str(source), "").resolve() if isinstance(source, str | Path) else None
-    except SettingsError:
-        return None  # a URL of another kind
-
-
-def _manifest_of(place: Path) -> dict[str, Any] | None:
-    try:
-        manifest: dict[str, Any] = json.loads((place / ".zcinfer" / "manifest.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return manifest
-
-
-def _differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
-    if isinstance(found, dict) and isinstance(expected, dict):
-        for key in sorted({*found, *expected}):
-            yield from _differences(found.get(key), expected.get(key), key)
-    elif found != expected:
-        yield path
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return {name: open_source(value, name) for name, value in sources.items()}

@@ -1,7 +1,7 @@
 """Modules of this process: built from a store, kept as residents, lent to one thread at a time.
 
 A resident is a built module whose weights are shared memory. Going back to one costs microseconds. It is lent out for
-a block and looked at when it comes back: one whose weights or buffers were written meanwhile is dropped, so that
+a block and looked at when it comes back: one that was written to meanwhile is dropped, so that
 results never depend on the order of blocks. Not for choosing stores or names (`catalog`).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import operator
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from typing import Any
 import torch
 
 from . import config
+from .description import Bytes
 from .errors import StoreUnavailable
 from .parts import join
+from .sharing import written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
 from .stores import is_open, open_store
 
@@ -77,6 +80,11 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     torch.nn.Module
         Its weights are views of shared memory; what is written to them stays in this process.
     """
+    return _load(ref, device)[0]
+
+
+def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, Bytes]:
+    """The module, and the mapping that its weights are views of."""
     seconds: dict[str, float] = {}
     begin = perf_counter()
     new = not is_open(ref.store)
@@ -102,7 +110,7 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     kind = store.url.partition(":")[0]
     shared, private = fetched.description.nbytes, len(fetched.skeleton)
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
-    return model
+    return model, fetched.buffer
 
 
 def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Store]:
@@ -121,6 +129,42 @@ def _import(package: str) -> None:
         importlib.import_module(package)
 
 
+class Resident:
+    """A module built in this process, and what tells whether it has been written to since."""
+
+    def __init__(self, ref: ModelRef, device: str, training: str):
+        self.model, self._buffer = _load(ref, device)
+        if training == "eval":
+            self.model.eval()
+        self._objects, self._versions = self._look()
+        self._pages = written_pages(self._buffer)
+
+    def is_unchanged(self) -> bool:
+        """Whether weights, buffers and attributes are what they were when it was built."""
+        objects, versions = self._look()
+        return (
+            versions == self._versions
+            and len(objects) == len(self._objects)
+            and all(map(operator.is_, objects, self._objects))
+            and written_pages(self._buffer) == self._pages
+        )
+
+    def _look(self) -> tuple[list[Any], list[int]]:
+        """Attributes, parameters and buffers of each module, and the version counters of the tensors among them.
+
+        Writes behind torch's back (``.data``, NumPy) leave no other trace than a copied page. What changes inside a
+        list or another object of the user's is not seen.
+        """
+        objects: list[Any] = []
+        for module in self.model.modules():
+            attributes = vars(module)
+            objects += attributes.values()
+            for table in ("_parameters", "_buffers"):
+                objects += attributes.get(table, {}).values()
+        tensors = [found for found in objects if isinstance(found, torch.Tensor)]
+        return objects, [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 class Residents:
     """Modules built in this process, by digest and device; the least recently used go first.
 
@@ -132,8 +176,9 @@ class Residents:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self._free: OrderedDict[tuple[str, str, str], list[tuple[torch.nn.Module, Any]]] = OrderedDict()
+        self._free: OrderedDict[tuple[str, str, str], list[Resident]] = OrderedDict()
         self._lock = threading.Lock()
+        self._told: set[str] = set()
 
     @contextmanager
     def lend(self, ref: ModelRef, device: str, training: str) -> Iterator[torch.nn.Module]:
@@ -154,22 +199,18 @@ class Residents:
         with self._lock:
             free = self._free.get(key)
             resident = free.pop() if free else None
-            if resident is not None:
-                self._free.move_to_end(key)
         if resident is None:
-            model = load_ref(ref, device)
-            if training == "eval":
-                model.eval()
-            resident = (model, _fingerprint(model))
-        model, fingerprint = resident
+            resident = Resident(ref, device, training)
         # Not given back after an exception: what it left half-done is not known.
-        yield model
-        if training != "keep" and _fingerprint(model) != fingerprint:
-            log.warning(
-                "%s wrote to its own weights or buffers while it computed; it is loaded anew for the next block, so "
-                "that results do not depend on the order of blocks",
-                ref,
-            )
+        yield resident.model
+        if not resident.is_unchanged():
+            if ref.digest not in self._told:
+                self._told.add(ref.digest)
+                log.warning(
+                    "%s wrote to its own weights, buffers or attributes while it computed; it is loaded anew for every "
+                    "block, so that results do not depend on the order of blocks",
+                    ref,
+                )
             return
         with self._lock:
             self._free.setdefault(key, []).append(resident)
@@ -184,17 +225,6 @@ class Residents:
         """Drop all modules that nobody uses now."""
         with self._lock:
             self._free.clear()
-
-
-def _fingerprint(model: torch.nn.Module) -> Any:
-    """Identity and version counter of each parameter and buffer: changes with every in-place write by torch."""
-    return [
-        (id(tensor), tensor._version)
-        for module in model.modules()
-        for registry in (module._parameters, module._buffers)
-        for tensor in registry.values()
-        if tensor is not None and not tensor.is_inference()
-    ]
 
 
 residents = Residents(int(config.get("residents")))

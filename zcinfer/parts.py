@@ -306,6 +306,8 @@ def _unpickle(
         model, last_hook = _Joiner(io.BytesIO(skeleton), tensors, storages).load()
     except (ImportError, AttributeError) as error:
         raise ModelCodeMissing(_missing(description, error)) from error
+    except NotImplementedError:
+        raise  # of ours: no weights, no shape
     except Exception as error:
         raise ModelError(
             f"the code of {description.class_name} does not put the model together again: {type(error).__name__}: "

@@ -65,6 +65,28 @@ def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> B
     return np.frombuffer(mapping, np.uint8, nbytes, offset - start)
 
 
+def written_pages(buffer: Bytes) -> int:
+    """Number of pages of a mapping that this process has written to, and so has copies of.
+
+    Parameters
+    ----------
+    buffer : numpy.ndarray
+        uint8, from `map_file` or `map_plasma`.
+
+    Notes
+    -----
+    From ``/proc/self/pagemap``, 3 ms for 400 MB: whoever wrote, torch, NumPy or C, the kernel knows.
+    """
+    first = buffer.ctypes.data // _PAGE
+    count = -(-(buffer.ctypes.data + buffer.nbytes) // _PAGE) - first
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(8 * first)
+        entries = np.frombuffer(pagemap.read(8 * count), np.uint64)
+    # Bits: 63 present, 62 swapped, 61 of a file or shared. A copied page is anonymous.
+    held, backed = entries >> np.uint64(62), (entries >> np.uint64(61)) & np.uint64(1)
+    return int(np.count_nonzero((held != 0) & (backed == 0)))
+
+
 def map_plasma(array: Bytes, offset: int, nbytes: int) -> tuple[Bytes, str]:
     """Map a part of an array from Ray's store so that writes stay in this process.
 

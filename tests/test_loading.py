@@ -1,0 +1,125 @@
+"""Residents: what comes back unchanged is used again, what was written to is not, and nothing else is different."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zcinfer import loading
+from zcinfer.predictor import Predictor
+from zcinfer.publishing import put
+
+
+class Stateful(torch.nn.Module):
+    """Adds one to a state of its own at every call, in one of many ways, and gives it."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way = way
+        self.plain = torch.zeros(1)
+        self.listed = [torch.zeros(1)]
+        self.count = 0.0
+        self.register_buffer("buffer", torch.zeros(1))
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        match self.way:
+            case "buffer":
+                self.buffer += 1
+                state = self.buffer
+            case "buffer.data":
+                self.buffer.data.add_(1)
+                state = self.buffer
+            case "buffer by numpy":
+                self.buffer.numpy()[:] += 1
+                state = self.buffer
+            case "new buffer":
+                self.buffer = self.buffer + 1
+                state = self.buffer
+            case "parameter":
+                self.weight.data.add_(1)
+                state = self.weight
+            case "plain tensor":
+                self.plain.add_(1)
+                state = self.plain
+            case "tensor in a list":
+                self.listed[0].add_(1)
+                state = self.listed[0]
+            case "number":
+                self.count += 1.0
+                state = torch.tensor([self.count])
+            case _:
+                state = self.buffer
+        return x[:, :1] * 0 + state.detach().clone()
+
+
+WAYS = [
+    "buffer",
+    "buffer.data",
+    "buffer by numpy",
+    "new buffer",
+    "parameter",
+    "plain tensor",
+    "tensor in a list",
+    "number",
+]
+
+
+@pytest.mark.parametrize("training", ["refuse", "keep"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_block_meets_the_model_as_published(way: str, training: str, registry: Path) -> None:
+    put(Stateful(way).eval(), "stateful")
+    predictor = Predictor("stateful", batch_size=8, training=training)
+    block = np.zeros((4, 2), np.float32)
+    assert [float(predictor(block)[0, 0]) for _ in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_it_is_told_once(registry: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(Stateful("buffer").eval(), "stateful")
+    loading.residents._told.clear()
+    predictor = Predictor("stateful", batch_size=8)
+    with caplog.at_level(logging.WARNING, "zcinfer"):
+        for _ in range(3):
+            predictor(np.zeros((4, 2), np.float32))
+    assert caplog.text.count("stateful@1 wrote to its own") == 1
+
+
+def test_an_unchanged_module_is_used_again(registry: Path) -> None:
+    ref = put(Stateful("not at all").eval(), "steady")
+    with loading.residents.lend(ref, "cpu", "refuse") as first:
+        first(torch.zeros(2, 2))
+    with loading.residents.lend(ref, "cpu", "refuse") as second:
+        assert second is first
+
+
+def test_two_threads_get_two_modules(registry: Path) -> None:
+    ref = put(Stateful("not at all").eval(), "steady")
+    with loading.residents.lend(ref, "cpu", "refuse") as one, loading.residents.lend(ref, "cpu", "refuse") as other:
+        assert one is not other
+
+
+def test_a_module_is_not_used_again_after_an_error(registry: Path) -> None:
+    ref = put(Stateful("not at all").eval(), "steady")
+    with (
+        pytest.raises(ValueError, match="in the block"),
+        loading.residents.lend(ref, "cpu", "refuse") as first,
+    ):
+        raise ValueError("in the block")
+    with loading.residents.lend(ref, "cpu", "refuse") as second:
+        assert second is not first
+
+
+def test_the_least_recently_used_go_first(registry: Path) -> None:
+    refs = [put(torch.nn.Linear(2, width).eval(), f"m{width}") for width in (1, 2, 3)]
+    few = loading.Residents(limit=2)
+    built = []
+    for ref in refs:
+        with few.lend(ref, "cpu", "refuse") as model:
+            built.append(model)
+    with few.lend(refs[2], "cpu", "refuse") as last, few.lend(refs[0], "cpu", "refuse") as first:
+        assert last is built[2]
+        assert first is not built[0]

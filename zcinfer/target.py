@@ -1,0 +1,195 @@
+"""Where a job's output lies: what is there, whose it is, and which blocks are done.
+
+While a job runs its output lies in ``TARGET.partial``, a zarr array of whole chunks with, in ``.zcinfer`` inside it, a
+manifest (what is computed: inputs, model digest, settings) and a mark per finished block. The last step renames it
+to ``TARGET``: what has that name is complete. (Marks and not chunk files say what is done: zarr leaves out chunks
+that hold nothing but the fill value.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from .archive import write_file
+from .config import local_directory
+from .errors import BlockError, OutputError
+from .sources import directory_of
+
+
+class Target:
+    """The place of a job's output, and what lies there."""
+
+    def __init__(self, path: str | Path):
+        self.path = local_directory(str(path), "the target")
+        if not self.path.name:
+            raise OutputError(f"{self.path} cannot be a target: give the path of a new directory")
+        self.partial = self.path.with_name(self.path.name + ".partial")
+
+    @contextmanager
+    def claim(self, manifest: dict[str, Any], resume: bool) -> Iterator[bool]:
+        """Hold the target for this run; yields whether it is complete already."""
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with ExitStack() as stack:
+            with self._told():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(lock, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run before may have removed the file between our opening and our locking it.
+                held = lock.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except OSError:
+                held = False
+            if not held:
+                raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target")
+            try:
+                yield self._check(manifest, resume)
+            finally:
+                lock.unlink(missing_ok=True)
+
+    def refuse_foreign(self) -> None:
+        """Refuse a target that exists and is not ours."""
+        for place in (self.path, self.partial):
+            if os.path.lexists(place) and _manifest_of(place) is None:
+                raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
+
+    def refuse_source(self, source: Any, name: str) -> None:
+        """Refuse a source in the place of the target, where starting over would remove it."""
+        directory = directory_of(source)
+        for place in (self.path.resolve(), self.partial.resolve()):
+            if directory is not None and (directory.is_relative_to(place) or place.is_relative_to(directory)):
+                raise OutputError(
+                    f"{name} lies at {directory}, in the place of the target {place}: choose another target"
+                )
+
+    def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
+        self.refuse_foreign()
+        for place in (self.path, self.partial):
+            found = _manifest_of(place)
+            if found is None:
+                continue
+            if not resume:
+                with self._told(), _alone(place):
+                    shutil.rmtree(place)
+            elif differs := [key for key in _differences(found, manifest) if key != "model"]:  # names change
+                raise OutputError(
+                    f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another "
+                    "target, or start over with resume=False (--start-over)"
+                )
+        return self.path.exists()
+
+    def prepare(self, manifest: dict[str, Any]) -> set[int]:
+        """Create the output unless an earlier run has; numbers of the blocks that are done."""
+        if not self.partial.exists():
+            new = self.path.with_name(f".{self.path.name}.new")
+            with self._told():
+                shutil.rmtree(new, ignore_errors=True)
+                zarr.create_array(
+                    str(new),
+                    shape=tuple(manifest["shape"]),
+                    chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
+                    dtype=manifest["dtype"],
+                    attributes={"zcinfer": manifest["identity"]},
+                )
+                (new / ".zcinfer" / "done").mkdir(parents=True)
+                write_file(_manifest(new), json.dumps(manifest, indent=1).encode())
+                os.rename(new, self.partial)
+        marks = (mark.name for mark in (self.partial / ".zcinfer" / "done").iterdir())
+        return {int(name) for name in marks if name.isdecimal()}
+
+    def finish(self) -> None:
+        """Give the complete output its name."""
+        with self._told():
+            with _alone(self.partial):
+                for left in self.partial.rglob("*.partial"):
+                    left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
+                os.rename(self.partial, self.path)
+            shutil.rmtree(self.path / ".zcinfer" / "done")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error}. Choose another target, or mend that first."
+            ) from error
+
+
+def write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
+    """Runs in a worker: write one block, which is whole chunks, then mark it as done; returns its rows, ``(1,)``."""
+    number = block_id[0]
+    try:
+        with _sharing(Path(path), token):
+            _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
+            (Path(path) / ".zcinfer" / "done" / str(number)).touch()
+    except OSError as error:
+        raise BlockError(
+            f"block {number} could not be written to {path}: {error}. Free space or rights, and run again."
+        ) from error
+    return np.full(1, len(block))
+
+
+def token_of(partial: Path) -> str:
+    """Names this very output: another one under the same path has another token."""
+    return _token(os.stat(_manifest(partial)))
+
+
+def _token(status: os.stat_result) -> str:
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
+
+
+@contextmanager
+def _sharing(partial: Path, token: str) -> Iterator[None]:
+    """Hold an output while a block is written: nobody can finish it or start it over meanwhile.
+
+    A task may outlive its run (Dask cannot stop a thread), and must then not write into what came after it.
+    """
+    with open(_manifest(partial)) as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if _token(os.fstat(file.fileno())) != token or token_of(partial) != token:
+            raise OSError("the run that asked for it has ended, and another one writes there")
+        yield
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Hold an output when no block is being written."""
+    with open(_manifest(place)) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@lru_cache(maxsize=8)
+def _open_target(path: str, token: str) -> Any:
+    return zarr.open_array(path, mode="r+")
+
+
+def _manifest(place: Path) -> Path:
+    return place / ".zcinfer" / "manifest.json"
+
+
+def _manifest_of(place: Path) -> dict[str, Any] | None:
+    try:
+        manifest: dict[str, Any] = json.loads(_manifest(place).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest
+
+
+def _differences(found: Any, expected: Any, path: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in sorted({*found, *expected}):
+            yield from _differences(found.get(key), expected.get(key), key)
+    elif found != expected:
+        yield path
