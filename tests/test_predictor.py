@@ -26,7 +26,8 @@ from torch import nn
 import zcinfer as zc
 from zcinfer.errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError
 from zcinfer.loading import residents
-from zcinfer.predictor import Predictor, Rows, rows_of
+from zcinfer.predictor import Predictor
+from zcinfer.rows import Rows, rows_of
 
 pytestmark = pytest.mark.usefixtures("registry")
 

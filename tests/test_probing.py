@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 import zcinfer as zc
 from zcinfer import loading
 from zcinfer.parts import split
-from zcinfer.predictor import Predictor, Rows
+from zcinfer.predictor import Predictor
 from zcinfer.probing import explain, weightless
+from zcinfer.rows import Rows
 
 
 def error_of(model: nn.Module, *inputs: Any) -> Exception:

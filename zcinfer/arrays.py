@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError, SettingsError
-from .predictor import Output, Predictor, first_rows, refuse_masked, rows_of
+from .outputs import Output
+from .predictor import Predictor
+from .rows import first_rows, refuse_masked, rows_of
 from .store import ModelRef
 
 
@@ -64,7 +66,7 @@ def predict(
 
     Notes
     -----
-    The rule for dtypes is in `zcinfer.predictor`.
+    The rule for dtypes is in `zcinfer.rows`.
 
     Examples
     --------
@@ -75,6 +77,12 @@ def predict(
     """
     named = {name: value for name, value in inputs.items() if _is_array(value)}
     constants = {name: value for name, value in inputs.items() if name not in named}
+    for name, value in constants.items():
+        if isinstance(value, list) or len(getattr(value, "shape", ())) > 0:
+            raise InputError(
+                f"{name} is a {type(value).__name__}: if it has a row for each row of the others, give a NumPy or dask "
+                "array, for example np.asarray(x); if it is for the model as it is, give a tuple"
+            )
     every = [*arrays, *named.values()]
     if not every:
         raise InputError("no input given: pass one array or more, with rows along axis 0")

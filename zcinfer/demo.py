@@ -29,7 +29,7 @@ from .arrays import predict
 from .cluster import LocalCluster
 from .corpus import ANSWERS, QUESTIONS, embed_pool
 from .memory import process_memory
-from .predictor import Array
+from .rows import Array
 from .store import ModelRef
 
 NAME = "all-MiniLM-L6-v2"

@@ -18,7 +18,8 @@ import numpy as np
 
 from .arrays import predict
 from .errors import BlockError, InputError, OutputError, SettingsError, ZcinferError
-from .predictor import Output, Predictor
+from .outputs import Output
+from .predictor import Predictor
 from .progress import Progress
 from .sources import open_source, stamp
 from .store import ModelRef
@@ -103,7 +104,7 @@ def run(
 
     Examples
     --------
-    >>> import tempfile, torch, zcinfer as zc
+    >>> import tempfile, torch, zarr, zcinfer as zc
     >>> folder = tempfile.mkdtemp()
     >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(4, 2).eval(), "doc-run")
     >>> x = zarr.create_array(f"{folder}/in.zarr", shape=(100, 4), chunks=(25, 4), dtype="f4")
