@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 
@@ -14,6 +16,20 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
+
+
+def orphaned_shared_memory() -> set[str]:
+    """Files in /dev/shm that no running process has mapped: those in use by other programs are theirs."""
+    files = set(os.listdir("/dev/shm"))
+    for process in psutil.process_iter():
+        if not files:
+            break
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+        except OSError:
+            continue
+        files -= {name for name in files if f"/dev/shm/{name}" in maps}
+    return files
 
 
 def living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

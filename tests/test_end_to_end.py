@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import zarr
-from processes import living, wait_until
+from processes import living, orphaned_shared_memory, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -46,7 +46,7 @@ class World:
             "XDG_STATE_HOME": str(directory / "state"),
             "TMPDIR": str(self.temporary),
         }
-        self.shared_memory = set(os.listdir("/dev/shm"))
+        self.shared_memory = orphaned_shared_memory()
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -92,7 +92,7 @@ class World:
 
     def assert_nothing_left(self) -> None:
         wait_until(lambda: not self.processes(), 20)
-        wait_until(lambda: set(os.listdir("/dev/shm")) <= self.shared_memory, 20)
+        wait_until(lambda: orphaned_shared_memory() <= self.shared_memory, 20)
         wait_until(lambda: not list(self.temporary.glob("zcinfer-ray-*")), 20)
 
 

@@ -94,7 +94,15 @@ def connect(store: str | None = None) -> Store:
 
 
 def disconnect() -> None:
-    """Let go of the current store; a Ray that we started ends. What is loaded stays loaded."""
+    """Let go of the current store; a Ray that we started ends. What is loaded stays loaded.
+
+    Called at the end of the program by itself.
+
+    Examples
+    --------
+    >>> _ = connect("file")
+    >>> disconnect()
+    """
     global _current
     with _lock:
         if _current is not None:
@@ -176,6 +184,14 @@ def models() -> pd.DataFrame:
         Columns name, version, nbytes (bytes of weights), tensors (number), shared and private (bytes that all
         readers have in common, and that each has for itself), class, created, digest. Models whose archive is damaged
         have ``nbytes`` 0 and the reason as ``class``.
+
+    Examples
+    --------
+    >>> import torch, zcinfer as zc
+    >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(2, 3), "doc-models")
+    >>> table = models().set_index("name")
+    >>> int(table.loc["doc-models", "tensors"])
+    2
     """
     import pandas as pd
 
@@ -198,10 +214,22 @@ def delete(model: str | ModelRef) -> None:
 
     Who has a model loaded keeps it; the archive and the shared memory go once nobody uses them.
 
+    Parameters
+    ----------
+    model : str or ModelRef
+
     Raises
     ------
     ModelNotFound
         Nothing has that name; or the ref's version is not, or no longer, what the ref says.
+
+    Examples
+    --------
+    >>> import torch, zcinfer as zc
+    >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(2, 3), "doc-delete")
+    >>> delete("doc-delete")
+    >>> "doc-delete" in set(models()["name"])
+    False
     """
     name, digest = (str(model), model.digest) if isinstance(model, ModelRef) else (model, None)
     orphans = registry().remove(name, digest)

@@ -21,6 +21,7 @@ from .errors import BlockError, InputError, OutputError, SettingsError, ZcinferE
 from .outputs import Output
 from .predictor import Predictor
 from .progress import Progress
+from .rows import first_rows, rows_of
 from .sources import open_source, stamp
 from .store import ModelRef
 from .target import Target, token_of, write_block
@@ -130,11 +131,15 @@ def run(
         keywords=tuple(arrays) if named else (),
         **constants,
     )
-    result = predict(predictor, **arrays) if named else predict(predictor, arrays["input"])
+    inputs = list(arrays.values())
+    bound = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
+    assert bound.binding is not None
+    result = predict(bound, **arrays) if named else predict(bound, arrays["input"])
     identity = {
         "model": str(predictor.ref),
         "digest": predictor.ref.digest,
         "settings": predictor.fingerprint(),
+        "batch_size": bound.binding.batch_size,
         "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
     }
     return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)

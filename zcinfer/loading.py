@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import importlib
 import logging
-import operator
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import is_
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -129,6 +128,9 @@ def _import(package: str) -> None:
         importlib.import_module(package)
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 class Resident:
     """A module built in this process, and what tells whether it has been written to since."""
 
@@ -136,33 +138,29 @@ class Resident:
         self.model, self._buffer = _load(ref, device)
         if training == "eval":
             self.model.eval()
-        self._objects, self._versions = self._look()
+        # Attributes, parameters, buffers and submodules of each module, as they are now.
+        tables = [
+            table
+            for module in self.model.modules()
+            for table in (vars(module), *(vars(module).get(name, {}) for name in _TABLES))
+        ]
+        self._tables = [(table, tuple(table.values())) for table in tables]
+        held = (value for _, values in self._tables for value in values)
+        self._tensors = [v for v in held if isinstance(v, torch.Tensor) and not v.is_inference()]
+        self._versions = [tensor._version for tensor in self._tensors]
         self._pages = written_pages(self._buffer)
 
     def is_unchanged(self) -> bool:
-        """Whether weights, buffers and attributes are what they were when it was built."""
-        objects, versions = self._look()
-        return (
-            versions == self._versions
-            and len(objects) == len(self._objects)
-            and all(map(operator.is_, objects, self._objects))
-            and written_pages(self._buffer) == self._pages
-        )
-
-    def _look(self) -> tuple[list[Any], list[int]]:
-        """Attributes, parameters and buffers of each module, and the version counters of the tensors among them.
+        """Whether weights, buffers and attributes are what they were when it was built.
 
         Writes behind torch's back (``.data``, NumPy) leave no other trace than a copied page. What changes inside a
         list or another object of the user's is not seen.
         """
-        objects: list[Any] = []
-        for module in self.model.modules():
-            attributes = vars(module)
-            objects += attributes.values()
-            for table in ("_parameters", "_buffers"):
-                objects += attributes.get(table, {}).values()
-        tensors = [found for found in objects if isinstance(found, torch.Tensor)]
-        return objects, [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return (
+            all(len(table) == len(held) and all(map(is_, table.values(), held)) for table, held in self._tables)
+            and [tensor._version for tensor in self._tensors] == self._versions
+            and written_pages(self._buffer) == self._pages
+        )
 
 
 class Residents:
@@ -199,6 +197,8 @@ class Residents:
         with self._lock:
             free = self._free.get(key)
             resident = free.pop() if free else None
+            if not free:
+                self._free.pop(key, None)
         if resident is None:
             resident = Resident(ref, device, training)
         # Not given back after an exception: what it left half-done is not known.

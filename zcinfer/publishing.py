@@ -99,6 +99,18 @@ def load(model: str | ModelRef, device: str | torch.device | None = None) -> tor
     -------
     torch.nn.Module
         In the mode it was published in. Its weights are views of shared memory; writes stay in this process.
+
+    Raises
+    ------
+    ModelNotFound, ModelCodeMissing, StoreUnavailable
+
+    Examples
+    --------
+    >>> import zcinfer as zc
+    >>> layer = torch.nn.Linear(2, 3)
+    >>> _ = zc.connect("file"), put(layer, "doc-load")
+    >>> torch.equal(load("doc-load").weight, layer.weight)
+    True
     """
     return load_ref(catalog.ready(model), device)
 
@@ -120,6 +132,14 @@ def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:
     ------
     SettingsError, OutputError
         There is something at ``path`` already, or it cannot be written.
+
+    Examples
+    --------
+    >>> import tempfile, zcinfer as zc
+    >>> _ = zc.connect("file")
+    >>> path = save(torch.nn.Linear(2, 3), tempfile.mkdtemp() + "/linear")
+    >>> put(path).name
+    'linear'
     """
     registry = catalog.registry()
     if not isinstance(model, torch.nn.Module):
