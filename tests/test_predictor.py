@@ -762,3 +762,17 @@ def test_going_back_to_a_resident_takes_under_100_microseconds() -> None:
         with residents.lend(ref, "cpu", "refuse"):
             seconds.append(perf_counter() - begin)
     assert statistics.median(seconds[1:]) < 100e-6
+
+
+def test_output_function_that_fails_is_named() -> None:
+    with pytest.raises(OutputError, match="the output function wrong failed: KeyError: 'no such'"):
+        predictor_of(torch.nn.Linear(2, 2).eval(), output=wrong)(np.ones((3, 2), np.float32))
+
+
+def wrong(output: Any, inputs: Any) -> torch.Tensor:
+    raise KeyError("no such")
+
+
+def test_unsigned_values_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(zc.ZcinferError, match="uint64 values up to"):
+        predictor_of(torch.nn.Identity().eval())(np.array([[2**63 + 2048]], np.uint64))

@@ -28,7 +28,7 @@ class _Group(click.Group):
             click.secho(f"error: {error}", fg="red", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.secho("interrupted", err=True)
+            click.secho("interrupted; what a run has finished is kept, the same command goes on from there", err=True)
             ctx.exit(130)
 
 
@@ -131,6 +131,7 @@ def info(model: str, verify: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
     else:
+        facts["verified"] = "contents agree with their digests" if verify else "not compared (--verify)"
         facts["needs"] = ", ".join(f"{name} {version}".strip() for name, version in description.requires.items())
         for name, value in facts.items():
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

@@ -118,6 +118,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
                 **kwargs,
             )
         except RuntimeError as error:
+            causes = [str(cause) for cause in (error.__cause__, error.__context__) if cause is not None]
+            if any("in use" in cause for cause in causes):
+                raise SettingsError(f"The cluster did not start: {causes[0]}. Choose another port.") from error
             raise SettingsError(
                 f"The cluster did not start: {error} The processes that failed say why in the lines above. Does the "
                 'script make its LocalCluster under if __name__ == "__main__":?'

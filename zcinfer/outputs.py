@@ -11,13 +11,27 @@ from .errors import OutputError
 from .rows import Rows, to_numpy
 from .store import ModelRef
 
+
+class OutputFunctionError(Exception):
+    """The user's output function failed. Not for users: a run without weights may fail where a real one does not."""
+
+    def __init__(self, function: Callable[..., Any], error: Exception):
+        name = getattr(function, "__qualname__", repr(function))
+        super().__init__(
+            f"the output function {name} failed: {type(error).__name__}: {error}. It gets (output, inputs)"
+        )
+
+
 Output = str | int | Callable[[Any, Any], torch.Tensor] | None
 
 
 def choose(output: Any, which: Output, inputs: Any) -> torch.Tensor:
     chosen: Any
     if callable(which):
-        chosen = which(output, inputs)
+        try:
+            chosen = which(output, inputs)
+        except Exception as error:
+            raise OutputFunctionError(which, error) from error
     elif isinstance(which, str):
         chosen = output.get(which) if isinstance(output, Mapping) else getattr(output, which, None)
         if chosen is None:

@@ -18,9 +18,9 @@ import torch
 from .canonical import Canonical
 from .catalog import describe, ready
 from .description import sha256_each
-from .errors import BlockError, InputError, SettingsError, TrainingModeError, ZcinferError
+from .errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
 from .loading import residents
-from .outputs import Output, choose, rows_axis
+from .outputs import Output, OutputFunctionError, choose, rows_axis
 from .parts import storage_bytes
 from .probing import explain, furthest, weightless
 from .rows import Array, Rows, as_block, candidate_casts, first_rows, rows_of, to_numpy, to_tensor, two_rows, zeros
@@ -202,6 +202,8 @@ class Predictor:
                     f"{self._input_name(number, len(inputs))} {rows}" for number, rows in enumerate(inputs)
                 )
                 failure = furthest(failures[len(failures) // 2 :])  # those on real rows
+                if isinstance(failure, OutputFunctionError):
+                    raise OutputError(f"{self.ref}: {failure}") from failure
                 raise InputError(
                     f"{self.ref} ({description.class_name}) does not take these inputs: found {found}; "
                     f"{explain(failure)}. Give rows of the shape and dtype that the model was made for."

@@ -244,7 +244,8 @@ class RayStore:
             os.close(process)
         if died:
             self._lost.set()
-            log.warning("the raylet of Ray at %s has died; models that are loaded stay so", self.address)
+            # Also how it looks when another program ends the Ray it has started: nothing to be alarmed by.
+            log.info("the raylet of Ray at %s is gone; models that are loaded stay so", self.address)
             self._session.leave(self._timeout)
         os.close(self._closing)
 

@@ -256,9 +256,17 @@ class Registry:
     @contextmanager
     def _lock(self, name: str = ".lock") -> Iterator[None]:
         private_directory(self.directory)
-        with open(self.directory / name, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            descriptor = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SettingsError(
+                f"the registry {self.directory} cannot be written to: {error}. Set zcinfer.registry to one that can."
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:

@@ -3,7 +3,8 @@
 How an input's dtype becomes the model's, decided once when a predictor is bound:
 
 1. floating inputs are cast to the dtype of the model's floating parameters;
-2. booleans, integers and complex numbers stay as they are if the model takes them so;
+2. booleans, integers and complex numbers stay as they are if the model takes them so (unsigned ones of more than
+   eight bits, which torch hardly supports, become int64);
 3. else integers and booleans become int64; if the model does not take those, its floating dtype.
 """
 
@@ -94,6 +95,8 @@ def candidate_casts(inputs: Sequence[Rows], floating: str) -> Iterator[tuple[str
 def to_tensor(block: Array, cast: str, device: str) -> torch.Tensor:
     # Always a copy: a model may write to its input, which other tasks, or the caller, still use. It also takes
     # read-only, strided, Fortran-ordered and big-endian blocks.
+    if block.dtype.kind == "u" and cast == "int64" and block.size and block.max() > np.iinfo(np.int64).max:
+        raise InputError(f"uint64 values up to {block.max():,} do not fit into int64, which models take: convert them")
     if cast == "bfloat16":  # which NumPy has not
         dtype = np.dtype("float64") if block.itemsize > 8 else block.dtype.newbyteorder("=")
     else:

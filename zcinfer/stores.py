@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict
 from time import monotonic
@@ -58,6 +59,25 @@ def drop_store(store: Store) -> None:
     if _open.get(store.url) is store:
         del _open[store.url]
     store.close()
+
+
+def close_all() -> None:
+    """Close all stores of this process; what is loaded stays loaded."""
+    while _open:
+        _open.popitem()[1].close()
+
+
+def _leave_to_parent() -> None:
+    # A forked child has the parent's connections to Ray, and none of the threads that serve them.
+    for url in [url for url in _open if url.startswith("ray:")]:
+        del _open[url]
+        _refused[url] = (
+            float("inf"),
+            "This process was forked from one that is in Ray and cannot follow: use spawn.",
+        )
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _new(url: str) -> Store:

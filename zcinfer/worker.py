@@ -69,6 +69,13 @@ def dask_setup(worker: Any) -> None:
         worker.loop.add_callback(_tell_nanny, worker)
 
 
+def dask_teardown(worker: Any) -> None:
+    """Leave Ray before the process ends: at the exit of the interpreter that can outlast the nanny's patience."""
+    stores = sys.modules.get("zcinfer.stores")
+    if stores is not None:
+        stores.close_all()
+
+
 async def _tell_nanny(worker: Any) -> None:
     try:
         async with worker.rpc(worker.nanny) as nanny:
