@@ -147,6 +147,7 @@ class RayStore:
         self._timeout = float(config.get("ray.timeout"))
         self._lost = threading.Event()
         self._retry_at = 0.0
+        self._raylet: int | None = None
         self._heads: dict[str, Head] = {}
         self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
         # A Ray just started needs a second or two to start its first worker process.
@@ -164,7 +165,12 @@ class RayStore:
             raise
         self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         if raylet is not None:
-            threading.Thread(target=self._watch, args=(raylet,), daemon=True, name="zcinfer-raylet-watch").start()
+            with contextlib.suppress(ProcessLookupError):
+                self._raylet = os.pidfd_open(raylet)
+                watch = threading.Thread(
+                    target=self._watch, args=(self._raylet,), daemon=True, name="zcinfer-raylet-watch"
+                )
+                watch.start()
 
     @classmethod
     def start(cls, registry: Registry) -> RayStore:
@@ -232,22 +238,25 @@ class RayStore:
 
     def _watch(self, raylet: int) -> None:
         """Leave Ray the moment its raylet dies: half a second later Ray ends every process connected to it."""
-        try:
-            process = os.pidfd_open(raylet)
-        except ProcessLookupError:
-            died = True
-        else:
-            poll = select.poll()
-            poll.register(process, select.POLLIN)
-            poll.register(self._closing, select.POLLIN | select.POLLHUP)
-            died = any(descriptor == process for descriptor, _ in poll.poll())
-            os.close(process)
-        if died:
+        poll = select.poll()
+        poll.register(raylet, select.POLLIN)
+        poll.register(self._closing, select.POLLIN | select.POLLHUP)
+        if any(descriptor == raylet for descriptor, _ in poll.poll()):
             self._lost.set()
             # Also how it looks when another program ends the Ray it has started: nothing to be alarmed by.
             log.info("the raylet of Ray at %s is gone; models that are loaded stay so", self.address)
             self._session.leave(self._timeout)
+        self._raylet = None
+        os.close(raylet)
         os.close(self._closing)
+
+    def _check_raylet(self) -> None:
+        """Notice a raylet that has just died: Ray ends a process that then asks it for anything."""
+        raylet = self._raylet
+        if raylet is not None and not self._lost.is_set():
+            with contextlib.suppress(OSError, ValueError):  # closed by the watch meanwhile
+                if select.select([raylet], [], [], 0)[0]:
+                    self._lost.set()
 
     def close(self) -> None:
         self._lost.set()
@@ -285,6 +294,7 @@ class RayStore:
         return self._timeout + nbytes / 50e6
 
     def _within(self, seconds: float, function: Callable[[], T]) -> T:
+        self._check_raylet()
         if self._lost.is_set():
             raise StoreUnavailable(f"Ray at {self.address} has died. Start another with zc.connect().")
         if monotonic() < self._retry_at:

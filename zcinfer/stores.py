@@ -38,6 +38,11 @@ def open_store(url: str) -> Store:
         store = _open.get(url)
         if store is not None and store.alive:
             return store
+        if store is not None:
+            # Its service has died: to connect to what is left of it would end this process, or hang.
+            del _open[url]
+            _refused[url] = monotonic() + PATIENCE, f"The store {url.partition('?')[0]} has died."
+            store.close()
         until, reason = _refused.get(url, (0.0, ""))
         if monotonic() < until:
             raise StoreUnavailable(reason)
