@@ -285,6 +285,11 @@ ours = psutil.Process(store._own._keeper.pid).children(recursive=True)
 (raylet,) = [process for process in ours if process.name() == "raylet"]
 raylet.kill()
 raylet.wait(10)
+deadline = time.monotonic() + 10
+while store.alive:
+    assert time.monotonic() < deadline
+with store._session._leaving:
+    pass
 begin = time.monotonic()
 model = loading.load_ref(ref)
 print(loading.loads[-1].store, time.monotonic() - begin, torch.equal(kept.weight, first.weight))
