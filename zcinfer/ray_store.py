@@ -201,6 +201,10 @@ class RayStore:
     def alive(self) -> bool:
         return not self._lost.is_set() and self._session.entered
 
+    @property
+    def died(self) -> bool:
+        return self._lost.is_set()
+
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
         # Content under one digest never changes: while some module of it lives, there is nothing to ask.

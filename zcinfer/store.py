@@ -93,6 +93,10 @@ class Store(Protocol):
     def alive(self) -> bool:
         """Whether it can be used, as far as is known without asking."""
 
+    @property
+    def died(self) -> bool:
+        """Whether its service is known to have died; else a store that is not alive can be opened again."""
+
     def fetch(self, digest: str) -> Fetched:
         """Get a model; from the registry, through the cache."""
 
@@ -128,6 +132,10 @@ class FileStore:
     @property
     def alive(self) -> bool:
         return True
+
+    @property
+    def died(self) -> bool:
+        return False
 
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()

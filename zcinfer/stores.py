@@ -38,7 +38,7 @@ def open_store(url: str) -> Store:
         store = _open.get(url)
         if store is not None and store.alive:
             return store
-        if store is not None:
+        if store is not None and store.died:
             # Its service has died: to connect to what is left of it would end this process, or hang.
             del _open[url]
             _refused[url] = monotonic() + PATIENCE, f"The store {url.partition('?')[0]} has died."
