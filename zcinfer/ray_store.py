@@ -241,7 +241,7 @@ class RayStore:
         return usage
 
     def _watch(self, raylet: int) -> None:
-        """Leave Ray the moment its raylet dies: half a second later Ray ends every process connected to it."""
+        """Leave Ray the moment its raylet dies: Ray may end a process that stays connected."""
         poll = select.poll()
         poll.register(raylet, select.POLLIN)
         poll.register(self._closing, select.POLLIN | select.POLLHUP)
