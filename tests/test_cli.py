@@ -296,42 +296,60 @@ WRONG = {
     "no model": (["put", "zoo:number"], "must be a torch.nn.Module, found 'int'"),
     "not an archive": (["put", "registry"], "was not written|not a complete archive"),
     "run unknown": (["run", "modle", "in.zarr", "out.zarr"], "Did you mean 'model'"),
-    "run in train mode": (["run", "norm", "in.zarr", "out.zarr", "--scheduler", "SCHEDULER"], "training='eval'"),
     "source missing": (["run", "model", "nowhere.zarr", "out.zarr"], "there is no zarr array at nowhere.zarr"),
     "target foreign": (["run", "model", "in.zarr", "zoo.py"], "zoo.py exists and was not written by zcinfer"),
-    "model before work": (["run", "modle", "in.zarr", "out.zarr", "--scheduler", "nowhere"], "Did you mean 'model'"),
-    "source before work": (
-        ["run", "model", "nowhere.zarr", "out.zarr", "--scheduler", "nowhere"],
-        "there is no zarr array",
-    ),
-    "target before work": (["run", "model", "in.zarr", "zoo.py", "--scheduler", "nowhere"], "not written by zcinfer"),
     "no source": (["run", "model", "out.zarr"], "give SOURCE and TARGET; or TARGET alone"),
     "too many": (["run", "model", "in.zarr", "out.zarr", "more.zarr"], "give SOURCE and TARGET; or TARGET alone"),
     "source and inputs": (["run", "model", "in.zarr", "out.zarr", "--input", "a=in.zarr"], "or TARGET alone"),
     "input without name": (["run", "model", "out.zarr", "--input", "in.zarr"], "write NAME=URL"),
-    "batch": (
-        ["run", "model", "in.zarr", "out.zarr", "--batch-size", "0", "--scheduler", "SCHEDULER"],
-        "batch_size is 0",
-    ),
-    "batch word": (
-        ["run", "model", "in.zarr", "out.zarr", "--batch-size", "big", "--scheduler", "SCHEDULER"],
-        "batch_size is 'big'",
-    ),
-    "store": (
-        ["run", "model", "in.zarr", "out.zarr", "--scheduler", "SCHEDULER", "--store", "disk"],
-        "no store 'disk'",
-    ),
     "scheduler": (["run", "model", "in.zarr", "out.zarr", "--scheduler", "nowhere"], "no Dask scheduler answers"),
+    "workers of a scheduler": (
+        ["run", "model", "in.zarr", "out.zarr", "--scheduler", "nowhere", "--workers", "2"],
+        "--workers is for workers started here",
+    ),
+}
+# Refused before anything is started: with a scheduler and a Ray that are not there, and are not asked for.
+WRONG_JOB = {
+    "model": (["modle", "in.zarr", "out.zarr"], "Did you mean 'model'"),
+    "train mode": (["norm", "in.zarr", "out.zarr"], "training='eval'"),
+    "source": (["model", "nowhere.zarr", "out.zarr"], "there is no zarr array"),
+    "target": (["model", "in.zarr", "zoo.py"], "not written by zcinfer"),
+    "width": (["model", "wide.zarr", "out.zarr"], r"found .*5.*float32.*Linear"),
+    "text": (["model", "text.zarr", "out.zarr"], "which is not numeric"),
+    "several outputs": (["twice", "in.zarr", "out.zarr"], "output="),
+    "lengths": (["pair", "out.zarr", "--input", "input1=in.zarr", "--input", "input2=short.zarr"], "numbers of rows"),
+    "another job": (["model", "in.zarr", "other.zarr"], "is the output of another job"),
+    "batch": (["model", "in.zarr", "out.zarr", "--batch-size", "0"], "batch_size is 0"),
+    "batch word": (["model", "in.zarr", "out.zarr", "--batch-size", "big"], "batch_size is 'big'"),
+    "device": (["model", "in.zarr", "out.zarr", "--device", "warp"], "device is 'warp'"),
+    "store": (["model", "in.zarr", "out.zarr", "--store", "disk"], "no store 'disk'"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_error_is_one_message(here: Path, scheduler: str, name: str) -> None:
+def test_error_is_one_message(here: Path, name: str) -> None:
     arguments, message = WRONG[name]
-    arguments = [scheduler if argument == "SCHEDULER" else argument for argument in arguments]
     zc.put(nn.Linear(4, 3).eval(), "model")
+    save(here / "in.zarr", rows())
+    assert_refused(here, arguments, message)
+
+
+@pytest.mark.parametrize("name", WRONG_JOB)
+def test_job_is_refused_before_anything_is_started(here: Path, name: str) -> None:
+    arguments, message = WRONG_JOB[name]
+    for model, called in ((nn.Linear(4, 3), "model"), (Twice(), "twice"), (nn.Bilinear(4, 4, 2), "pair")):
+        zc.put(model.eval(), called)
     zc.put(nn.BatchNorm1d(4), "norm")
     save(here / "in.zarr", rows())
+    save(here / "short.zarr", rows()[:9])
+    save(here / "wide.zarr", np.ones((6, 5), np.float32))
+    zarr.create_array(here / "text.zarr", shape=(2,), dtype="U1", zarr_format=2)
+    zc.run("model", here / "short.zarr", here / "other.zarr", progress=False)
+    store = [] if "--store" in arguments else ["--store", "ray:127.0.0.1:1"]
+    assert_refused(here, ["run", *arguments, "--scheduler", "nowhere", *store], message)
+
+
+def assert_refused(here: Path, arguments: list[str], message: str) -> None:
     result = call(*arguments, code=1)
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""

@@ -26,7 +26,7 @@ from torch import nn
 
 import zcinfer as zc
 from zcinfer.errors import BlockError, InputError, ModelNotFound, OutputError, SettingsError
-from zcinfer.jobs import Report, check_paths, write
+from zcinfer.jobs import Job, Report, write
 from zcinfer.target import write_block
 
 pytestmark = pytest.mark.usefixtures("registry")
@@ -559,13 +559,19 @@ def test_unknown_model_leaves_nothing(tmp_path: Path, source: Path) -> None:
     assert not list(tmp_path.glob("*out.zarr*"))
 
 
-def test_paths_are_checked_without_a_model(tmp_path: Path, source: Path) -> None:
-    check_paths(source, tmp_path / "out.zarr")
-    check_paths({"a": source, "b": str(source)}, tmp_path / "out.zarr")
+def test_job_is_checked_when_it_is_made_and_done_when_it_is_run(tmp_path: Path, source: Path) -> None:
+    zc.put(linear(), "model")
+    job = Job("model", source, tmp_path / "out.zarr")
+    assert not list(tmp_path.glob("*out.zarr*"))
+    assert job.run(progress=False).computed == 5
+    with pytest.raises(OutputError, match="another job"):
+        Job("model", source, tmp_path / "out.zarr", batch_size=2)
+    Job("model", source, tmp_path / "out.zarr", batch_size=2, resume=False)
+    assert np.array_equal(read(tmp_path / "out.zarr"), by_hand(linear(), rows()))
     with pytest.raises(InputError, match="b: there is no zarr array"):
-        check_paths({"a": source, "b": "nowhere.zarr"}, tmp_path / "out.zarr")
+        Job("model", {"a": source, "b": "nowhere.zarr"}, tmp_path / "other.zarr")
     with pytest.raises(OutputError):
-        check_paths(source, foreign_file(tmp_path / "out.zarr"))
+        Job("model", source, foreign_file(tmp_path / "foreign.zarr"))
 
 
 @pytest.mark.parametrize("chunks", [(3, 4, 3), (3, 4), (float("nan"), float("nan")), (float("nan"),)])

@@ -190,34 +190,40 @@ def run(
     """
     named = dict(_named(text) for text in inputs)
     *source, target = paths
+    if scheduler is not None and workers is not None:
+        raise SettingsError("--workers is for workers started here; those of --scheduler are what they are")
     if len(source) != (0 if named else 1):
         raise SettingsError("give SOURCE and TARGET; or TARGET alone, and one --input NAME=URL or more")
     rows: int | str = int(batch_size) if batch_size.isdigit() else batch_size
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
 
-    from . import catalog
-    from .jobs import check_paths
-    from .jobs import run as run_job
+    from . import catalog, config
+    from .jobs import Job
 
     _see_here()
-    check_paths(named or source[0], target)
-    catalog.resolve(model)
+    store = store or str(config.get("store"))
+    # All that can be refused is refused before workers and Ray are started; for that the registry is enough.
+    ray = store.partition(":")[0] == "ray"
+    catalog.connect("file" if ray else store)
+    job = Job(
+        model,
+        named or source[0],
+        target,
+        resume=not start_over,
+        batch_size=rows,
+        output=which,
+        method=method,
+        training=training,
+        device=device,
+        block_rows=block_rows,
+    )
     if sys.stderr.isatty():  # seconds without a sign of life are for logs
         click.echo("starting ..." if scheduler is None else f"connecting to {scheduler} ...", err=True)
+    if ray and store != "ray":
+        catalog.connect(store)  # it may not answer
     with _cluster(workers, scheduler):
         catalog.connect(store)
-        report = run_job(
-            model,
-            named or source[0],
-            target,
-            resume=not start_over,
-            batch_size=rows,
-            output=which,
-            method=method,
-            training=training,
-            device=device,
-            block_rows=block_rows,
-        )
+        report = job.run()
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:

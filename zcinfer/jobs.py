@@ -5,9 +5,7 @@ Not for where the output lies (`target`), nor for what is read (`sources`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +15,9 @@ import dask.array as da
 import numpy as np
 
 from .arrays import predict
-from .errors import BlockError, InputError, OutputError, SettingsError, ZcinferError
+from .catalog import ready
+from .errors import InputError, OutputError, SettingsError
+from .outcomes import compute_each
 from .outputs import Output
 from .predictor import Predictor
 from .progress import Progress
@@ -113,41 +113,71 @@ def run(
     >>> report.shape, report.blocks, run("doc-run", f"{folder}/in.zarr", f"{folder}/out.zarr").computed
     ((100, 2), 4, 0)
     """
-    if block_rows is not None and block_rows < 1:
-        raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
-    place = Target(target)
-    named = isinstance(source, Mapping)
-    sources = _by_name(source)
-    opened = _open_all(sources, place)
-    rows = block_rows or max(next(iter(opened.values())).chunks[0])
-    arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
-    predictor = Predictor(
+    job = Job(
         model,
+        source,
+        target,
+        resume=resume,
         batch_size=batch_size,
         output=output,
         method=method,
         training=training,
         device=device,
-        keywords=tuple(arrays) if named else (),
+        block_rows=block_rows,
         **constants,
     )
-    inputs = list(arrays.values())
-    bound = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
-    assert bound.binding is not None
-    result = predict(bound, **arrays) if named else predict(bound, arrays["input"])
-    identity = {
-        "model": str(predictor.ref),
-        "digest": predictor.ref.digest,
-        "settings": predictor.fingerprint(),
-        "batch_size": bound.binding.batch_size,
-        "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
-    }
-    return write(result, place, identity, resume=resume, label=str(predictor.ref), progress=progress)
+    return job.run(progress=progress)
 
 
-def check_paths(source: Any, target: str | Path) -> None:
-    """Refuse the paths that `run` would refuse, before anything is started."""
-    _open_all(_by_name(source), Target(target))
+class Job:
+    """A job that was checked, and nothing of it done: paths, inputs, model, settings and target go together.
+
+    Made before anything slow is started, so that what is refused is refused at once. Parameters as for `run`.
+    """
+
+    def __init__(
+        self,
+        model: str | ModelRef,
+        source: Any,
+        target: str | Path,
+        *,
+        resume: bool = True,
+        block_rows: int | None = None,
+        **settings: Any,
+    ):
+        if block_rows is not None and block_rows < 1:
+            raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
+        self.place = Target(target)
+        self.resume = resume
+        self.named = isinstance(source, Mapping)
+        sources = _by_name(source)
+        opened = _open_all(sources, self.place)
+        rows = block_rows or max(next(iter(opened.values())).chunks[0])
+        self.arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
+        predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
+        inputs = list(self.arrays.values())
+        self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
+        binding = self.predictor.binding
+        assert binding is not None
+        self.identity = {
+            "model": str(predictor.ref),
+            "digest": predictor.ref.digest,
+            "settings": predictor.fingerprint(),
+            "batch_size": binding.batch_size,
+            "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
+        }
+        self.place.check(_manifest(self._lazy(), self.identity), resume)
+
+    def run(self, progress: bool = True) -> Report:
+        """Do it, on the current Dask client's cluster and with the current store."""
+        self.predictor.ref = ready(self.predictor.ref)
+        label = str(self.predictor.ref)
+        return write(self._lazy(), self.place, self.identity, resume=self.resume, label=label, progress=progress)
+
+    def _lazy(self) -> da.Array:
+        if self.named:
+            return predict(self.predictor, **self.arrays)
+        return predict(self.predictor, *self.arrays.values())
 
 
 def check_target(target: str | Path) -> None:
@@ -189,13 +219,7 @@ def write(
         raise OutputError(
             f"the row chunks {lengths[:4]}... have different or unknown lengths: rechunk the input, x.rechunk({{0: n}})"
         )
-    manifest = {
-        "format": FORMAT,
-        "identity": identity,
-        "shape": list(array.shape),
-        "dtype": array.dtype.str,
-        "block_rows": lengths[0],
-    }
+    manifest = _manifest(array, identity)
 
     def report(computed: int) -> Report:
         shape = tuple(array.shape)
@@ -221,70 +245,20 @@ def write(
                     meta=np.empty(0, np.int64),
                     name="write-" + token,
                 )
-                for number in _compute(written.blocks[missing], missing):
+                for number in compute_each(written.blocks[missing], missing):
                     bar.add(lengths[number])
         place.finish()
         return report(len(missing))
 
 
-def _compute(written: da.Array, numbers: Sequence[int]) -> Iterator[int]:
-    """Compute an array of one element a block, yielding each block's number when it is done."""
-    client = _client()
-    with closing(_outcomes_here(written) if client is None else _outcomes_on(client, written)) as outcomes:
-        for place, error in outcomes:
-            if isinstance(error, ZcinferError):
-                raise error
-            if error is not None:
-                raise BlockError(
-                    f"block {numbers[place]}: {type(error).__name__}: {error}. What is finished is kept; the same call "
-                    "goes on from there."
-                ) from error
-            yield numbers[place]
-
-
-_Outcomes = Generator[tuple[int, BaseException | None], None, None]
-
-
-def _outcomes_on(client: Any, written: da.Array) -> _Outcomes:
-    from distributed import as_completed, futures_of
-
-    waiting = set(futures_of(client.persist(written)))
-    try:
-        for future in as_completed(waiting):
-            # Let go of, so that it is not computed again when the worker that has its result dies.
-            waiting.discard(future)
-            yield future.key[1], None if future.status == "finished" else _error_of(future)
-    finally:
-        # After an error or Ctrl-C the others need not be computed.
-        client.cancel(list(waiting))
-
-
-def _error_of(future: Any) -> BaseException:
-    try:
-        error: BaseException = future.exception()
-    except CancelledError as cancelled:
-        error = cancelled
-    return error
-
-
-def _outcomes_here(written: da.Array) -> _Outcomes:
-    # One block after the other; torch uses all cores for each.
-    for place in range(written.numblocks[0]):
-        try:
-            written.blocks[place].compute(scheduler="sync")
-        except Exception as error:
-            yield place, error
-        else:
-            yield place, None
-
-
-def _client() -> Any:
-    from distributed import default_client
-
-    try:
-        return default_client()
-    except ValueError:
-        return None
+def _manifest(array: da.Array, identity: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "identity": identity,
+        "shape": list(array.shape),
+        "dtype": array.dtype.str,
+        "block_rows": array.chunks[0][0],
+    }
 
 
 def _by_name(source: Any) -> dict[str, Any]:

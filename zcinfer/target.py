@@ -53,7 +53,10 @@ class Target:
             if not held:
                 raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target")
             try:
-                yield self._check(manifest, resume)
+                self.check(manifest, resume)
+                if not resume:
+                    self._clear()
+                yield self.path.exists()
             finally:
                 lock.unlink(missing_ok=True)
 
@@ -72,21 +75,25 @@ class Target:
                     f"{name} lies at {directory}, in the place of the target {place}: choose another target"
                 )
 
-    def _check(self, manifest: dict[str, Any], resume: bool) -> bool:
+    def check(self, manifest: dict[str, Any], resume: bool) -> None:
+        """Refuse a target that is not ours or, unless it is to be started over, another job's."""
         self.refuse_foreign()
         for place in (self.path, self.partial):
             found = _manifest_of(place)
-            if found is None:
+            if found is None or not resume:
                 continue
-            if not resume:
-                with self._told(), _alone(place):
-                    shutil.rmtree(place)
-            elif differs := [key for key in _differences(found, manifest) if key != "model"]:  # names change
+            differs = [key for key in _differences(found, manifest) if key != "model"]  # names change
+            if differs:
                 raise OutputError(
                     f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another "
                     "target, or start over with resume=False (--start-over)"
                 )
-        return self.path.exists()
+
+    def _clear(self) -> None:
+        for place in (self.path, self.partial):
+            if place.exists():
+                with self._told(), _alone(place):
+                    shutil.rmtree(place)
 
     def prepare(self, manifest: dict[str, Any]) -> set[int]:
         """Create the output unless an earlier run has; numbers of the blocks that are done."""
