@@ -183,6 +183,7 @@ def test_ls_for_people_and_programs(here: Path) -> None:
     lines = call("ls").output.splitlines()
     assert [line.split()[0] for line in lines] == ["name", "first", "second"]
     assert "1.0 MB" in lines[1]
+    assert all(len(line) <= 100 for line in lines)
     found = json.loads(call("ls", "--json").output)
     assert [(model["name"], model["version"], model["tensors"]) for model in found] == [
         ("first", 1, 2),
@@ -213,7 +214,7 @@ def test_rm_takes_names_and_versions(here: Path) -> None:
     for width in (1, 2, 3):
         zc.put(nn.Linear(4, width).eval(), "model")
     zc.put(nn.Linear(4, 4).eval(), "other")
-    call("rm", "model@2", "other")
+    assert call("rm", "model@2", "other").output == "model@2 is forgotten\nother is forgotten\n"
     assert [(m["name"], m["version"]) for m in json.loads(call("ls", "--json").output)] == [("model", 1), ("model", 3)]
 
 

@@ -105,6 +105,7 @@ def test_listens_on_the_loopback_address_only(cluster: LocalCluster) -> None:
         {"worker_dashboard_address": ":0"},
         {"n_workers": -1},
         {"threads_per_worker": 0},
+        {"memory_limit": "much"},
     ],
     ids=str,
 )

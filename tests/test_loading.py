@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from zcinfer import loading
+from zcinfer.errors import SettingsError
 from zcinfer.predictor import Predictor
-from zcinfer.publishing import put
+from zcinfer.publishing import load, put
 
 
 class Stateful(torch.nn.Module):
@@ -135,3 +136,12 @@ def test_the_least_recently_used_go_first(registry: Path) -> None:
     with few.lend(refs[2], "cpu", "refuse") as last, few.lend(refs[0], "cpu", "refuse") as first:
         assert last is built[2]
         assert first is not built[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"), [("warp", "device is 'warp'"), ("cuda:99", "cannot be moved to cuda:99")]
+)
+def test_a_device_that_is_not_there_is_refused(registry: Path, device: str, message: str) -> None:
+    put(torch.nn.Linear(2, 2), "model")
+    with pytest.raises(SettingsError, match=message):
+        load("model", device)

@@ -28,7 +28,7 @@ class _Group(click.Group):
             click.secho(f"error: {error}", fg="red", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.secho("interrupted; what a run has finished is kept, the same command goes on from there", err=True)
+            click.secho(f"interrupted{ctx.meta.get('kept', '')}", err=True)
             ctx.exit(130)
 
 
@@ -98,7 +98,9 @@ def ls(as_json: bool) -> None:
         table["shared"] = table["shared"].map(_size)
         table["private"] = table["private"].map(_size)
         table["digest"] = table["digest"].str[:12]
-        click.echo(table.drop(columns="nbytes").to_string(index=False))
+        table["class"] = table["class"].str.rpartition(".")[2].where(table["nbytes"] > 0, table["class"])
+        table["created"] = table["created"].str[:16].str.replace("T", " ")
+        click.echo(table.drop(columns=["nbytes", "tensors"]).to_string(index=False))
 
 
 @main.command()
@@ -146,6 +148,7 @@ def rm(models: tuple[str, ...]) -> None:
 
     for model in models:
         catalog.delete(model)
+        click.echo(f"{model} is forgotten")
 
 
 @main.command()
@@ -223,6 +226,7 @@ def run(
         catalog.connect(store)  # it may not answer
     with _cluster(workers, scheduler):
         catalog.connect(store)
+        click.get_current_context().meta["kept"] = "; what is finished is kept, the same command goes on from there"
         report = job.run()
     if as_json:
         click.echo(json.dumps(asdict(report)))

@@ -17,6 +17,7 @@ import dask.config
 import distributed
 from dask.system import cpu_count
 
+from .config import nbytes
 from .errors import SettingsError
 
 LOOPBACK = "127.0.0.1"
@@ -101,6 +102,8 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         threads = max(1, cores // (n_workers * threads_per_worker or cores))
         env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | (kwargs.pop("env", None) or {})
         if memory_limit != "auto":
+            if isinstance(memory_limit, str):
+                nbytes(memory_limit, "memory_limit")  # Dask's own error names no setting
             # Dask divides the machine's memory by the workers only where it is not told "auto".
             kwargs["memory_limit"] = memory_limit
         scratch = kwargs.pop("local_directory", None) or _scratch_directory()

@@ -21,7 +21,7 @@ import torch
 
 from . import config
 from .description import Bytes
-from .errors import StoreUnavailable
+from .errors import SettingsError, StoreUnavailable
 from .parts import join
 from .sharing import written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
@@ -85,6 +85,7 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
 def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, Bytes]:
     """The module, and the mapping that its weights are views of."""
     seconds: dict[str, float] = {}
+    target = device_of(device)
     begin = perf_counter()
     new = not is_open(ref.store)
     try:
@@ -103,13 +104,26 @@ def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Mo
     model = join(fetched.skeleton, fetched.description, fetched.buffer, copy_small=read_only)
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
-    if device is not None and torch.device(device).type != "cpu":
-        model = model.to(device)
+    if target.type != "cpu":
+        try:
+            model = model.to(target)
+        except (AssertionError, RuntimeError) as error:
+            raise SettingsError(
+                f"{ref} cannot be moved to {target}: {error}. Without a device it stays on the CPU."
+            ) from error
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
     shared, private = fetched.description.nbytes, len(fetched.skeleton)
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
     return model, fetched.buffer
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """The device of that name; "cpu" by default. Whether it is there is not asked."""
+    try:
+        return torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise SettingsError(f"device is {device!r}: choose one like 'cpu', 'cuda' or 'cuda:1'") from error
 
 
 def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Store]:

@@ -19,7 +19,7 @@ from .canonical import Canonical
 from .catalog import describe, ready
 from .description import sha256_each
 from .errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
-from .loading import residents
+from .loading import device_of, residents
 from .outputs import Output, OutputFunctionError, choose, rows_axis
 from .parts import storage_bytes
 from .probing import explain, furthest, weightless
@@ -108,10 +108,7 @@ class Predictor:
             raise SettingsError(f"batch_size is {batch_size!r}: give a number of rows, or 'auto'")
         if training not in ("refuse", "eval", "keep"):
             raise SettingsError(f"training is {training!r}: choose 'refuse', 'eval' or 'keep'")
-        try:
-            torch.device(device or "cpu")
-        except RuntimeError as error:
-            raise SettingsError(f"device is {device!r}: choose one like 'cpu', 'cuda' or 'cuda:1'") from error
+        device_of(device)
         self.ref = ready(model)
         self.batch_size = batch_size if isinstance(batch_size, str) else int(batch_size)
         self.output = output

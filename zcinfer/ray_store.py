@@ -25,7 +25,6 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
 import ray
-from dask.utils import parse_bytes
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from . import config, keeper
@@ -177,7 +176,8 @@ class RayStore:
         """Start a Ray of our own on this machine, which ends with this store or this process."""
         _refuse_another(None)
         memory = config.get("ray.object-store-memory")
-        own = keeper.start(_bytes(memory), timeout=float(config.get("ray.start-timeout")))
+        nbytes = None if memory is None else config.nbytes(memory, "zcinfer.ray.object-store-memory")
+        own = keeper.start(nbytes, timeout=float(config.get("ray.start-timeout")))
         try:
             return cls(own.address, registry, keeper.ray_environment(), own)
         except BaseException:
@@ -470,7 +470,3 @@ def _first_line(error: BaseException) -> str:
 
 def _mb(nbytes: int) -> str:
     return f"{nbytes / 1e6:,.0f} MB"
-
-
-def _bytes(text: str | int | None) -> int | None:
-    return None if text is None else int(parse_bytes(text))
