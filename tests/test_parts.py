@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.hooks import RemovableHandle
 
+from zcinfer import skeleton
 from zcinfer.errors import ModelCodeMissing, ModelError, SplitError
 from zcinfer.parts import Parts, join, join_fake, split
 
@@ -944,3 +945,26 @@ def test_a_model_whose_code_fails_is_named(foreign: Any, name: str, error: type[
     parts = split(getattr(foreign, name)(2, 2))
     with pytest.raises(error, match=message):
         join(parts.skeleton, parts.description, buffer_of(parts))
+
+
+def test_a_module_of_another_torch_gets_the_attributes_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skeleton, "_EXPECTED", frozenset())
+    model = nn.Linear(2, 3)
+    expected = vars(model).keys()
+    del vars(model)["_forward_hooks_with_kwargs"]
+    parts = split(model)
+    buffer = bytearray(b"".join(bytes(piece) for piece in parts.pieces()))
+    assert vars(join(parts.skeleton, parts.description, buffer)).keys() < expected
+    older = dataclasses.replace(parts.description, requires={"torch": "2.0.0"})
+    assert vars(join(parts.skeleton, older, buffer)).keys() == expected
+
+
+def test_modules_and_hook_tables_are_each_their_own() -> None:
+    model = round_trip(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    calls: list[str] = []
+    model[0].register_forward_hook(lambda *_: calls.append("first"))
+    model[1].register_forward_pre_hook(lambda *_: calls.append("second"), prepend=True)
+    model(torch.ones(1, 2))
+    assert calls == ["first", "second"]
+    tables = [id(value) for module in model.modules() for value in vars(module).values() if isinstance(value, dict)]
+    assert len(tables) == len(set(tables))

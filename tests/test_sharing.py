@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from zcinfer.sharing import map_file, map_plasma, raylet_of
+from zcinfer.sharing import Plasma, map_file
 
 PAGE = mmap.PAGESIZE
 
@@ -152,9 +152,9 @@ def plasma() -> Iterator[tuple[np.ndarray[Any, Any], int]]:
 
 def test_a_raylets_pages_are_mapped_again(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
     array, pid = plasma
-    buffer, protection = map_plasma(array, PAGE + 5, 2 * PAGE)
+    buffer, protection = Plasma(array).map(PAGE + 5, 2 * PAGE)
     assert protection == "copy-on-write"
-    assert raylet_of(array) == pid
+    assert Plasma(array).raylet() == pid
     assert np.array_equal(buffer, array[PAGE + 5 : 3 * PAGE + 5])
     before = array.tobytes()
     buffer[:] = 0
@@ -165,7 +165,7 @@ def test_a_second_mapping_keeps_rays_array(plasma: tuple[np.ndarray[Any, Any], i
     array, _ = plasma
     mine = array[:]
     gone = weakref.ref(mine)
-    buffer, _ = map_plasma(mine, PAGE, PAGE)
+    buffer, _ = Plasma(mine).map(PAGE, PAGE)
     tensor = torch.from_numpy(buffer)
     del mine, buffer
     assert gone() is not None
@@ -176,13 +176,13 @@ def test_a_second_mapping_keeps_rays_array(plasma: tuple[np.ndarray[Any, Any], i
 def test_a_raylet_that_has_died_is_not_asked(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
     array, pid = plasma
     before = array.tobytes()
-    assert map_plasma(array, PAGE, PAGE)[1] == "copy-on-write"
+    assert Plasma(array).map(PAGE, PAGE)[1] == "copy-on-write"
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    buffer, protection = map_plasma(array, PAGE, 2 * PAGE)
+    buffer, protection = Plasma(array).map(PAGE, 2 * PAGE)
     assert protection == "read-only"
     assert buffer.tobytes() == before[PAGE : 3 * PAGE]
-    assert raylet_of(array) is None
+    assert Plasma(array).raylet() is None
 
 
 # --- pages that cannot be mapped a second time ----------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_a_raylet_that_has_died_is_not_asked(plasma: tuple[np.ndarray[Any, Any],
 READ_ONLY = """
 import json, mmap, os, pickle, resource, sys
 import numpy as np
-from zcinfer.sharing import map_plasma
+from zcinfer.sharing import Plasma
 
 PAGE = mmap.PAGESIZE
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -224,7 +224,7 @@ def write(buffer, position):
 
 found = {}
 for kind, make in makers.items():
-    buffer, protection = map_plasma(make(pages), offset, nbytes)
+    buffer, protection = Plasma(make(pages)).map(offset, nbytes)
     inner = buffer[10:20]
     facts = found[kind] = {"protection": protection, "content": buffer.tobytes() == before[offset : offset + nbytes]}
     facts["writes"] = [

@@ -29,7 +29,7 @@ from .sharing import map_file
 if TYPE_CHECKING:
     from .parts import Parts
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, SKELETON, DESCRIPTION, VERIFIED = "weights.safetensors", "skeleton.pkl", "description.json", "verified.json"
 
 # The header fills whole pages: data begins on one, and there is always a page in front of it (see `sharing`).
@@ -57,6 +57,7 @@ class Archive:
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self._checked: list[int | str] = []
         try:
             text = (directory / DESCRIPTION).read_bytes()
             with open(directory / WEIGHTS, "rb") as file:
@@ -124,8 +125,11 @@ class Archive:
         ArchiveError
             As `verify`.
         """
-        if self._stamp() != _read_json(self.directory / VERIFIED):
-            self.verify()
+        stamp = self._stamp()
+        if stamp != self._checked:
+            if stamp != _read_json(self.directory / VERIFIED):
+                self.verify()
+            self._checked = stamp
 
     def verify(self) -> None:
         """Compare all contents with their digests.

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,10 @@ BUFFER_DTYPES = frozenset(
 )
 
 
+# Of these, the ones that NumPy has.
+_NUMPY = {name: np.dtype(name) for name in BUFFER_DTYPES - {"bfloat16"}}
+
+
 class TensorSpec(NamedTuple):
     """One tensor as a view of a storage: ``offset``, ``size`` and ``stride`` count elements of ``dtype``.
 
@@ -70,6 +75,17 @@ class StorageSpec(NamedTuple):
     nbytes: int
     sha256: str
     name: str
+
+
+class Columns(NamedTuple):
+    """Numbers, sizes, dtypes and offsets (bytes) of tensors; numbers of the parameters, and of what wants gradients."""
+
+    numbers: list[int]
+    sizes: list[tuple[int, ...]]
+    dtypes: list[np.dtype[Any]]
+    offsets: list[int]
+    parameters: list[int]
+    with_gradient: list[int]
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,20 @@ class Description:
     training: tuple[str, ...]
     dtype: str
     requires: dict[str, str]
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The tensors that NumPy can make arrays of, by column: thousands of loads go through them."""
+        numbers = [n for n, t in enumerate(self.tensors) if t.whole and t.dtype in _NUMPY]
+        tensors = [self.tensors[n] for n in numbers]
+        return Columns(
+            numbers,
+            [tensor.size for tensor in tensors],
+            [_NUMPY[tensor.dtype] for tensor in tensors],
+            [self.storages[tensor.storage].offset for tensor in tensors],
+            [n for n, tensor in enumerate(self.tensors) if tensor.parameter],
+            [n for n, tensor in enumerate(self.tensors) if tensor.requires_grad],
+        )
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Description:

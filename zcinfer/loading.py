@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -105,12 +106,7 @@ def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Mo
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
     if target.type != "cpu":
-        try:
-            model = model.to(target)
-        except (AssertionError, RuntimeError) as error:
-            raise SettingsError(
-                f"{ref} cannot be moved to {target}: {error}. Without a device it stays on the CPU."
-            ) from error
+        model = model.to(target)
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
     shared, private = fetched.description.nbytes, len(fetched.skeleton)
@@ -137,9 +133,10 @@ def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Stor
 
 
 def _import(package: str) -> None:
-    # Errors are left to join, which knows what is missing for what.
-    with suppress(ImportError):
-        importlib.import_module(package)
+    if package not in sys.modules:
+        # Errors are left to join, which knows what is missing for what.
+        with suppress(ImportError):
+            importlib.import_module(package)
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")

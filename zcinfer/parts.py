@@ -9,30 +9,26 @@ Tensors are taken by storage, not by module: that keeps ties, views, strides and
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import io
-import pickle
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from .canonical import HOOKS, Canonical, is_plain, reduce_refused, storage_key
-from .description import ALIGNMENT, BUFFER_DTYPES, TAIL, Bytes, Description, StorageSpec, TensorSpec, sha256_each
+from .blame import blame
+from .canonical import HOOKS, Canonical, storage_key
+from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ModelCodeMissing, ModelError, SplitError
-
-try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
-    from cloudpickle import Pickler as _BasePickler
-except ImportError:
-    from pickle import Pickler as _BasePickler
-
-_PAGE = 4096
+from .skeleton import Taken, dump, load
+from .views import view, view_fake
 
 
 @dataclass(frozen=True)
@@ -95,11 +91,11 @@ def split(model: torch.nn.Module) -> Parts:
             f"{type(model).__name__} is compiled TorchScript, which pickle cannot carry: publish the module it was "
             "compiled from"
         )
-    taken = _Taken()
+    taken = Taken()
     try:
-        skeleton = _skeleton((model, _last_hook(model)), taken)
+        skeleton = dump((model, _last_hook(model)), taken)
     except Exception as error:
-        raise SplitError(_blame(model, error, lambda part: _skeleton(part, _Taken()))) from error
+        raise SplitError(blame(model, error, lambda part: dump(part, Taken()))) from error
 
     sources = [storage_bytes(storage) for storage in taken.storages]
     digests = sha256_each(sources)
@@ -112,7 +108,7 @@ def split(model: torch.nn.Module) -> Parts:
     try:
         canonical.add(model)
     except Exception as error:
-        raise SplitError(_blame(model, error, lambda part: Canonical(storage_digest).add(part))) from error
+        raise SplitError(blame(model, error, lambda part: Canonical(storage_digest).add(part))) from error
 
     names = _storage_names(model, taken)
     storages, position = [], 0
@@ -169,141 +165,24 @@ def join(skeleton: bytes, description: Description, buffer: Any, *, copy_small: 
     >>> torch.equal(join(parts.skeleton, parts.description, buffer).weight, layer.weight)
     True
     """
-    tensors, storages = _view(buffer, description, copy_small)
-    return _unpickle(skeleton, description, tensors, storages)
+    with _uncollected():
+        tensors, storages = view(buffer, description, copy_small)
+        return _joined(skeleton, description, tensors, storages)
 
 
 def join_fake(skeleton: bytes, description: Description) -> torch.nn.Module:
     """Put a module together without weights; call under ``FakeTensorMode`` and throw the module away after use."""
-    tensors = []
-    for spec in description.tensors:
-        tensor = torch.empty_strided(spec.size, spec.stride, dtype=getattr(torch, spec.dtype))
-        tensors.append(torch.nn.Parameter(tensor, spec.requires_grad) if spec.parameter else tensor)
-    return _unpickle(skeleton, description, tensors, None)
+    return _joined(skeleton, description, view_fake(description), None)
 
 
-class _Taken:
-    """Tensors and storages met by the pickler, each once."""
-
-    def __init__(self) -> None:
-        self.specs: list[TensorSpec] = []
-        self.tensors: list[torch.Tensor] = []  # keeps ids valid
-        self.storages: list[torch.UntypedStorage] = []
-        self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
-        self._tensor_index: dict[int, int] = {}
-        self._storage_index: dict[tuple[Any, ...], int] = {}
-
-    def tensor(self, tensor: torch.Tensor) -> int:
-        if id(tensor) not in self._tensor_index:
-            self._tensor_index[id(tensor)] = len(self.specs)
-            self.tensors.append(tensor)
-            self.specs.append(
-                TensorSpec(
-                    self.storage(tensor.untyped_storage()),
-                    str(tensor.dtype).removeprefix("torch."),
-                    int(tensor.storage_offset()),
-                    tuple(tensor.size()),
-                    tuple(tensor.stride()),
-                    tensor.requires_grad,
-                    isinstance(tensor, torch.nn.Parameter),
-                    False,
-                )
-            )
-        return self._tensor_index[id(tensor)]
-
-    def storage(self, storage: torch.UntypedStorage) -> int:
-        key = storage_key(storage)
-        if key not in self._storage_index:
-            self._storage_index[key] = len(self.storages)
-            self.storages.append(storage)
-            self.uses.append(0)
-        self.uses[self._storage_index[key]] += 1
-        return self._storage_index[key]
-
-    def table(self) -> tuple[TensorSpec, ...]:
-        def whole(tensor: torch.Tensor, spec: TensorSpec) -> bool:
-            usual = torch.empty(spec.size, device="meta").stride()  # of an axis of length 1 any stride is contiguous
-            covers = spec.stride == usual and tensor.nbytes == self.storages[spec.storage].nbytes() > 0
-            return covers and self.uses[spec.storage] == 1 and spec.dtype in BUFFER_DTYPES
-
-        return tuple(s._replace(whole=whole(t, s)) for t, s in zip(self.tensors, self.specs, strict=True))
-
-
-class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
-    def __init__(self, file: io.BytesIO, taken: _Taken):
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._taken = taken
-
-    def persistent_id(self, obj: Any) -> int | tuple[int, str] | None:
-        if isinstance(obj, torch.Tensor):
-            return self._taken.tensor(obj) if is_plain(obj) and not obj.__dict__ else None
-        if isinstance(obj, _Bare):
-            return self._taken.tensor(obj.tensor)
-        if isinstance(obj, torch.storage.TypedStorage):
-            return self._taken.storage(obj._untyped_storage), str(obj.dtype).removeprefix("torch.")
-        if isinstance(obj, torch.UntypedStorage):
-            return self._taken.storage(obj), ""
-        return None
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor) and is_plain(obj):
-            return _itself, (_Bare(obj),), obj.__dict__, None, None, _set_attributes
-        refused = reduce_refused(obj)
-        if refused is not None:
-            return refused
-        override = getattr(super(), "reducer_override", None)
-        return override(obj) if override is not None else NotImplemented
-
-
-class _Bare(NamedTuple):
-    """A tensor without the attributes that somebody has set on it, as `from_pretrained` does on each."""
-
-    tensor: torch.Tensor
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
-    tensor.__dict__.update(attributes)
-
-
-def _skeleton(obj: Any, taken: _Taken) -> bytes:
-    file = io.BytesIO()
-    _Splitter(file, taken).dump(obj)
-    return file.getvalue()
-
-
-class _Joiner(pickle.Unpickler):
-    def __init__(
-        self, file: io.BytesIO, tensors: list[torch.Tensor], storages: list[torch.UntypedStorage | None] | None
-    ):
-        super().__init__(file)
-        self._tensors = tensors
-        self._storages = storages
-
-    def persistent_load(self, pid: int | tuple[int, str]) -> Any:
-        if isinstance(pid, int):
-            return self._tensors[pid]
-        if self._storages is None:
-            raise NotImplementedError("tensors of unusual kinds have no shape without their weights")
-        index, dtype = pid
-        storage = self._storages[index]
-        if not dtype:
-            return storage
-        kind: Any = torch.storage.TypedStorage
-        return kind(wrap_storage=storage, dtype=getattr(torch, dtype), _internal=True)
-
-
-def _unpickle(
+def _joined(
     skeleton: bytes,
     description: Description,
     tensors: list[torch.Tensor],
     storages: list[torch.UntypedStorage | None] | None,
 ) -> torch.nn.Module:
     try:
-        model, last_hook = _Joiner(io.BytesIO(skeleton), tensors, storages).load()
+        model, last_hook = load(skeleton, tensors, storages)
     except (ImportError, AttributeError) as error:
         raise ModelCodeMissing(_missing(description, error)) from error
     except NotImplementedError:
@@ -315,6 +194,11 @@ def _unpickle(
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{description.class_name} comes back as a {type(model).__name__}: look at its __reduce__")
+    if description.requires.get("torch") != _version("torch"):
+        # Modules of this version may have attributes that those of the other had not.
+        for module in torch.nn.Module.modules(model):
+            if type(module).__setstate__ is torch.nn.Module.__setstate__:
+                torch.nn.Module.__setstate__(module, {})  # type: ignore[no-untyped-call]
     # Torch counts hooks by process: the next one would take the place of a hook that came with the model.
     RemovableHandle.next_id = max(RemovableHandle.next_id, last_hook + 1)
     return model
@@ -337,42 +221,16 @@ def _missing(description: Description, error: Exception) -> str:
     )
 
 
-def _view(
-    buffer: Any, description: Description, copy_small: bool
-) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
-    """Tensors of the table as views of the buffer, and the storages that are not some tensor's alone."""
-    tensors: list[torch.Tensor] = []
-    storages: list[Any] = [None] * len(description.storages)
-    own = {spec.storage for spec in description.tensors if spec.whole}
-    for number, place in enumerate(description.storages):
-        if number not in own:
-            storage: Any = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
-            if place.nbytes:
-                view = torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
-                storage = view.untyped_storage()
-            storages[number] = storage.clone() if copy_small and place.nbytes < _PAGE else storage
-    as_parameter = torch.Tensor._make_subclass  # nn.Parameter() in its plain case, at half the time
-    # Never under inference_mode: such tensors cannot be trained, or cast, later.
-    with torch.inference_mode(False):
-        for number, name, offset, size, stride, requires_grad, parameter, whole in description.tensors:
-            dtype = getattr(torch, name)
-            if whole:
-                place = description.storages[number]
-                tensor = torch.frombuffer(
-                    buffer, dtype=dtype, count=place.nbytes // dtype.itemsize, offset=place.offset
-                )
-                if copy_small and (not parameter or place.nbytes < _PAGE):
-                    tensor = tensor.clone()
-                if len(size) != 1:
-                    tensor.resize_(size)
-            else:
-                tensor = torch.empty(0, dtype=dtype).set_(storages[number], offset, size, stride)
-            if parameter:
-                tensor = as_parameter(torch.nn.Parameter, tensor, requires_grad)
-            elif requires_grad:
-                tensor.requires_grad_()
-            tensors.append(tensor)
-    return tensors, storages
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: thousands of new objects would call for it, and none of them is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
@@ -387,7 +245,7 @@ def _last_hook(model: torch.nn.Module) -> int:
     return max((key for module in modules for name in HOOKS for key in vars(module).get(name) or ()), default=-1)
 
 
-def _storage_names(model: torch.nn.Module, taken: _Taken) -> list[str]:
+def _storage_names(model: torch.nn.Module, taken: Taken) -> list[str]:
     # Torch's own methods: models override them, also with fewer arguments.
     parameters = torch.nn.Module.named_parameters(model, remove_duplicate=False)
     buffers = torch.nn.Module.named_buffers(model, remove_duplicate=False)
@@ -419,36 +277,3 @@ def _version(package: str) -> str:
         pass
     distributions = metadata.packages_distributions().get(package)
     return metadata.version(distributions[0]) if distributions else ""
-
-
-def _blame(model: torch.nn.Module, error: Exception, attempt: Callable[[Any], object]) -> str:
-    """Say which attribute it is: the deepest one with which the attempt fails alone."""
-    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
-        return f"{type(model).__name__} nests too deeply for pickle: raise sys.setrecursionlimit before publishing"
-    path, culprit = _deepest_failure(type(model).__name__, model, attempt, set())
-    hint = "Remove it before publishing, or give its class a __getstate__ that leaves it out."
-    return f"{path} (a {type(culprit).__name__}) cannot be taken apart: {error}. {hint}"
-
-
-def _deepest_failure(path: str, obj: Any, attempt: Callable[[Any], object], seen: set[int]) -> tuple[str, Any]:
-    seen.add(id(obj))
-    children: list[tuple[str, Any]] = []
-    if isinstance(obj, torch.nn.Module):
-        state = dict(vars(obj))
-        for registry in ("_modules", "_parameters", "_buffers"):
-            children += [(f"{path}.{name}", child) for name, child in state.pop(registry, {}).items()]
-        children += [(f"{path}.{name}", child) for name, child in state.items()]
-    elif isinstance(obj, dict):
-        children = [(f"{path}[{name!r}]", child) for name, child in obj.items()]
-    elif isinstance(obj, list | tuple | set):
-        children = [(f"{path}[{number}]", child) for number, child in enumerate(obj)]
-    elif hasattr(obj, "__dict__") and not isinstance(obj, type):
-        children = [(f"{path}.{name}", child) for name, child in vars(obj).items()]
-    for name, child in children:
-        if id(child) in seen:
-            continue
-        try:
-            attempt(child)
-        except Exception:
-            return _deepest_failure(name, child, attempt, seen)
-    return path, obj

@@ -9,7 +9,7 @@ import torch
 
 from . import catalog
 from .archive import Archive
-from .errors import ModelNotFound, OutputError
+from .errors import ModelNotFound, OutputError, SettingsError
 from .loading import load_ref
 from .parts import join, split
 from .registry import check_name
@@ -103,6 +103,8 @@ def load(model: str | ModelRef, device: str | torch.device | None = None) -> tor
     Raises
     ------
     ModelNotFound, ModelCodeMissing, StoreUnavailable
+    SettingsError
+        There is no such device, or no room on it.
 
     Examples
     --------
@@ -112,7 +114,13 @@ def load(model: str | ModelRef, device: str | torch.device | None = None) -> tor
     >>> torch.equal(load("doc-load").weight, layer.weight)
     True
     """
-    return load_ref(catalog.ready(model), device)
+    ref = catalog.ready(model)
+    try:
+        return load_ref(ref, device)
+    except (AssertionError, RuntimeError) as error:  # torch's, of a device that is not there or full
+        raise SettingsError(
+            f"{ref} cannot be moved to {device}: {error}. Without a device it stays on the CPU."
+        ) from error
 
 
 def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:

@@ -32,7 +32,7 @@ from .archive import MARGIN
 from .description import Bytes, Description
 from .errors import StoreFull, StoreUnavailable, ZcinferError
 from .registry import Registry
-from .sharing import file_behind, map_plasma, raylet_of
+from .sharing import Plasma
 from .store import Fetched
 from .stores import PATIENCE
 
@@ -54,7 +54,7 @@ class Holder:
         self._capacity = capacity
         self._objects: dict[str, tuple[int, bytes, Any, str]] = {}
         self._page = ray.put(np.zeros(1 << 17, np.uint8))  # below 100 kB Ray would send the bytes themselves
-        self._arena = file_behind(ray.get(self._page))
+        self._arena = Plasma(ray.get(self._page)).file
 
     def greet(self) -> tuple[list[Any], dict[str, tuple[bytes, list[Any]]]]:
         """A small object in shared memory, and what `fetch` gives for the models put last."""
@@ -69,7 +69,7 @@ class Holder:
             self.make_room(digest, archive.description.nbytes, registry)
             head = pickle.dumps((archive.description, archive.skeleton()))
             reference = ray.put(archive.padded_weights())
-            if file_behind(ray.get(reference)) != self._arena:
+            if Plasma(ray.get(reference)).file != self._arena:
                 # Plasma was fuller than we knew: a deleted model that somebody still maps, or objects of others.
                 del reference
                 self._refuse(archive.description.nbytes, registry, "no room in one piece")
@@ -148,7 +148,7 @@ class RayStore:
         self._retry_at = 0.0
         self._raylet: int | None = None
         self._heads: dict[str, Head] = {}
-        self._mapped: weakref.WeakValueDictionary[str, Bytes] = weakref.WeakValueDictionary()
+        self._mapped: weakref.WeakValueDictionary[str, Plasma] = weakref.WeakValueDictionary()
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
         deadline = monotonic() + patience
@@ -212,11 +212,11 @@ class RayStore:
         if padded is None:
             # Offers are for the first load alone: a reference that is kept keeps its object.
             offer, self._offers = self._offers.get(digest), {}
-            self._heads[digest], padded = self._within(self._patience(digest), lambda: self._get(digest, offer))
-            self._mapped[digest] = padded
+            self._heads[digest], array = self._within(self._patience(digest), lambda: self._get(digest, offer))
+            padded = self._mapped[digest] = Plasma(array)
         description, skeleton = self._heads[digest]
         fetched = perf_counter()
-        buffer, protection = map_plasma(padded, MARGIN, description.nbytes)
+        buffer, protection = padded.map(MARGIN, description.nbytes)
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
         return Fetched(description, skeleton, buffer, protection, seconds)
 
@@ -443,9 +443,9 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
     # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
     # that the first load takes what later ones take.
     (reference,), offers = ray.get(holder.greet.remote())
-    page = ray.get(reference)
-    map_plasma(page, 0, 1)
-    return holder, raylet_of(page), {d: (pickle.loads(head), ref) for d, (head, (ref,)) in offers.items()}
+    page = Plasma(ray.get(reference))
+    page.map(0, 1)
+    return holder, page.raylet(), {d: (pickle.loads(head), ref) for d, (head, (ref,)) in offers.items()}
 
 
 def _join_within(seconds: float, function: Callable[[], T]) -> tuple[T | None, BaseException | None] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,39 @@ _PAGE = mmap.PAGESIZE
 
 # Where files were found last, by device and inode. The search through /proc takes milliseconds.
 _FOUND: dict[tuple[int, int], str] = {}
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has no name for it
 
 
-class PrivateMapping(mmap.mmap):
-    """A copy-on-write mapping that keeps the ``owner`` of the mapped pages alive as long as any view of it."""
+class _Pages:
+    """Pages of this process; unmapped, and their ``owner`` let go of, when no array lies on them any more.
 
-    owner: Any = None
+    Not an ``mmap.mmap``: that holds a descriptor each, and a process has a thousand.
+    """
+
+    def __init__(self, address: int, nbytes: int, owner: Any):
+        self._address = address
+        self._nbytes = nbytes
+        self.owner = owner
+
+    def array(self, offset: int, nbytes: int) -> Bytes:
+        """Bytes of the pages (uint8, writable), which keep them."""
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (nbytes,),
+            "data": (self._address + offset, False),
+        }
+        return np.asarray(self)
+
+    def __del__(self, unmap: Any = _LIBC.munmap) -> None:
+        unmap(self._address, self._nbytes)
 
 
 def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> Bytes:
@@ -46,23 +73,33 @@ def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> B
     -------
     numpy.ndarray
         uint8, writable; writes are seen by nobody else and never reach the file.
+
+    Raises
+    ------
+    OSError
+        There is no such file, or it does not have so many bytes.
     """
     if nbytes == 0:
         return np.empty(0, np.uint8)
-    start = offset // _PAGE * _PAGE
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        mapping = PrivateMapping(
-            descriptor,
-            offset - start + nbytes,
-            flags=mmap.MAP_PRIVATE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=start,
-        )
+        return _map(descriptor, offset, nbytes, owner)
     finally:
         os.close(descriptor)
-    mapping.owner = owner
-    return np.frombuffer(mapping, np.uint8, nbytes, offset - start)
+
+
+def _map(descriptor: int, offset: int, nbytes: int, owner: Any) -> Bytes:
+    if offset + nbytes > os.fstat(descriptor).st_size:
+        raise OSError(f"the file ends before byte {offset + nbytes:,}")  # beyond its end, a read ends the process
+    start = offset // _PAGE * _PAGE
+    length = offset - start + nbytes
+    # Without a reservation: what nobody writes to needs no memory of its own.
+    address = _LIBC.mmap(
+        None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, start
+    )
+    if address == _MAP_FAILED:
+        raise OSError(ctypes.get_errno(), f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
+    return _Pages(address, length, owner).array(offset - start, nbytes)
 
 
 def written_pages(buffer: Bytes) -> int:
@@ -71,7 +108,7 @@ def written_pages(buffer: Bytes) -> int:
     Parameters
     ----------
     buffer : numpy.ndarray
-        uint8, from `map_file` or `map_plasma`.
+        uint8, from `map_file` or `Plasma.map`.
 
     Notes
     -----
@@ -87,47 +124,63 @@ def written_pages(buffer: Bytes) -> int:
     return int(np.count_nonzero((held != 0) & (backed == 0)))
 
 
-def map_plasma(array: Bytes, offset: int, nbytes: int) -> tuple[Bytes, str]:
-    """Map a part of an array from Ray's store so that writes stay in this process.
+class Plasma:
+    """An array from Ray's store, and where its pages lie.
 
     Parameters
     ----------
     array : numpy.ndarray
         uint8, as ``ray.get`` returned it: a view of pages that Plasma mapped read-write into every reader. It is kept
-        alive as long as what is returned, or any view or tensor made from it.
-    offset, nbytes : int
-        The part. Only whole pages can be protected: there must be a page of the array in front of it, and its
-        last page must hold nothing of value.
+        alive as long as this, what `map` returned, or any view or tensor made from that.
 
-    Returns
-    -------
-    buffer : numpy.ndarray
-        uint8, the same bytes.
-    protection : str
-        "copy-on-write"; or "read-only", where the raylet's open file is out of reach (another user or process
-        namespace): a write to it then ends this process.
+    Attributes
+    ----------
+    file : tuple of int or None
+        Device and inode of the file that the array lies in.
     """
-    address = array.ctypes.data + offset
-    area = _area_of(address)
-    if area is not None:
-        start, file_offset, device, inode = area
-        source = _open_file_of_raylet(device, inode)
-        if source is not None:
-            return map_file(source, file_offset + address - start, nbytes, owner=array), "copy-on-write"
-    return _read_only(array, offset, nbytes), "read-only"
 
+    def __init__(self, array: Bytes):
+        self._array = array
+        area = _area_of(array.ctypes.data)
+        self.file = area[2:] if area is not None else None
+        self._offset = area[1] + array.ctypes.data - area[0] if area is not None else 0  # of the array in the file
 
-def file_behind(array: Bytes) -> tuple[int, int] | None:
-    """Device and inode of the file that ``array`` lies in."""
-    area = _area_of(array.ctypes.data)
-    return area[2:] if area is not None else None
+    def raylet(self) -> int | None:
+        """Process id of the raylet whose store it is; None where that cannot be seen."""
+        if self.file is None:
+            return None
+        source = _open_file_of_raylet(*self.file)
+        if source is None:
+            return None
+        path, descriptor = source
+        os.close(descriptor)
+        return int(path.split("/")[2])
 
+    def map(self, offset: int, nbytes: int) -> tuple[Bytes, str]:
+        """Map a part so that writes stay in this process.
 
-def raylet_of(array: Bytes) -> int | None:
-    """Process id of the raylet whose store ``array`` lies in; None where it cannot be seen."""
-    area = _area_of(array.ctypes.data)
-    source = _open_file_of_raylet(*area[2:]) if area is not None else None
-    return int(source.split("/")[2]) if source is not None else None
+        Parameters
+        ----------
+        offset, nbytes : int
+            The part. Only whole pages can be protected: there must be a page of the array in front of it, and its
+            last page must hold nothing of value.
+
+        Returns
+        -------
+        buffer : numpy.ndarray
+            uint8, the same bytes.
+        protection : str
+            "copy-on-write"; or "read-only", where the raylet's open file is out of reach (another user or process
+            namespace): a write to it then ends this process.
+        """
+        source = _open_file_of_raylet(*self.file) if self.file is not None else None
+        if source is None:
+            return _read_only(self, self._array, offset, nbytes), "read-only"
+        _, descriptor = source
+        try:
+            return _map(descriptor, self._offset + offset, nbytes, owner=self), "copy-on-write"
+        finally:
+            os.close(descriptor)
 
 
 def _area_of(address: int) -> tuple[int, int, int, int] | None:
@@ -142,28 +195,44 @@ def _area_of(address: int) -> tuple[int, int, int, int] | None:
     return None
 
 
-def _open_file_of_raylet(device: int, inode: int) -> str | None:
-    """Path under /proc of the arena's file, unlinked long ago but still open in the raylet."""
-    found = _FOUND.get((device, inode), "")
-    if found and _is_file(found, device, inode):
-        return found
+def _open_file_of_raylet(device: int, inode: int) -> tuple[str, int] | None:
+    """The arena's file, unlinked long ago but still open in the raylet: its path under /proc, and a descriptor."""
+    found = _FOUND.get((device, inode))
+    descriptor = _open(found, device, inode) if found is not None else None
+    if found is not None and descriptor is not None:
+        return found, descriptor
     for process in _raylets():
         try:
-            paths = [f"{process}/fd/{descriptor}" for descriptor in os.listdir(f"{process}/fd")]
+            paths = [f"{process}/fd/{number}" for number in os.listdir(f"{process}/fd")]
         except OSError:
             continue  # another user's, or gone
         for path in paths:
-            if _is_file(path, device, inode) and os.access(path, os.R_OK):
+            descriptor = _open(path, device, inode) if _is_file(path, device, inode) else None
+            if descriptor is not None:
                 _FOUND[device, inode] = path
-                return path
+                return path, descriptor
+    return None
+
+
+def _open(path: str, device: int, inode: int) -> int | None:
+    try:
+        # Its number may be another program's by now, and a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None  # closed, its process is gone, or another user's
+    status = os.fstat(descriptor)
+    if (status.st_dev, status.st_ino) == (device, inode):
+        return descriptor
+    os.close(descriptor)
     return None
 
 
 def _is_file(path: str, device: int, inode: int) -> bool:
+    # Looked at before it is opened: to open a pipe or a device may do more than open it.
     try:
         status = os.stat(path)
     except OSError:
-        return False  # closed, or its process is gone
+        return False
     # st_dev of a tmpfs is what maps shows; on overlay file systems only the inode agrees.
     return (status.st_dev, status.st_ino) == (device, inode)
 
@@ -177,7 +246,7 @@ def _raylets() -> Iterator[str]:
             continue
 
 
-def _read_only(array: Bytes, offset: int, nbytes: int) -> Bytes:
+def _read_only(owner: Plasma, array: Bytes, offset: int, nbytes: int) -> Bytes:
     """Make pages of ``array`` read-only until it is released, since Plasma then reuses them."""
     address = array.ctypes.data + offset
     start = address // _PAGE * _PAGE
@@ -186,11 +255,11 @@ def _read_only(array: Bytes, offset: int, nbytes: int) -> Bytes:
     weakref.finalize(array, _protect, start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
     # Torch has no read-only tensors, and warns of arrays that are; what guards the pages is the hardware.
     pages: Any = (ctypes.c_ubyte * nbytes).from_address(address)
-    pages.owner = array
+    pages.owner = owner
     buffer: Bytes = np.frombuffer(pages, np.uint8)
     return buffer
 
 
 def _protect(address: int, nbytes: int, protection: int) -> None:
-    if _LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), protection) != 0:
+    if _LIBC.mprotect(address, nbytes, protection) != 0:
         raise OSError(ctypes.get_errno(), "mprotect")

@@ -7,14 +7,20 @@ in `ray_store`; both fulfil one contract test.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
 from urllib.parse import parse_qs
 
+from .archive import Archive
 from .description import Bytes, Description
+from .errors import ArchiveError
 from .registry import Registry
+
+# Models of which a file store remembers description and skeleton, some 100 kB each.
+_READ = 256
 
 
 def registry_of(url: str) -> Path:
@@ -124,6 +130,8 @@ class FileStore:
 
     def __init__(self, directory: str | Path):
         self.registry = Registry(directory)
+        # Descriptions and skeletons of the models fetched last: content under one digest never changes.
+        self._read: OrderedDict[str, tuple[Archive, bytes]] = OrderedDict()
 
     @property
     def url(self) -> str:
@@ -139,12 +147,23 @@ class FileStore:
 
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
-        archive = self.registry.archive(digest)
-        skeleton = archive.skeleton()
+        archive, skeleton = self._read.get(digest) or self._open(digest)
         fetched = perf_counter()
-        buffer = archive.weights()
+        try:
+            buffer = archive.weights()
+        except ArchiveError:
+            self._read.pop(digest, None)
+            archive, skeleton = self._open(digest)  # deleted, or published anew, since it was read
+            buffer = archive.weights()
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
         return Fetched(archive.description, skeleton, buffer, "copy-on-write", seconds)
+
+    def _open(self, digest: str) -> tuple[Archive, bytes]:
+        archive = self.registry.archive(digest)
+        opened = self._read[digest] = archive, archive.skeleton()
+        while len(self._read) > _READ:
+            self._read.popitem(last=False)
+        return opened
 
     def make_room(self, digest: str, nbytes: int) -> None:
         self.registry.make_room(digest, nbytes)
@@ -153,7 +172,7 @@ class FileStore:
         self.registry.archive(digest)
 
     def forget(self, digest: str) -> None:
-        pass  # the registry's file was all there was
+        self._read.pop(digest, None)
 
     def close(self) -> None:
         pass

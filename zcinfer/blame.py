@@ -1,0 +1,41 @@
+"""Which attribute of a model it is that cannot be taken apart: for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def blame(model: torch.nn.Module, error: Exception, attempt: Callable[[Any], object]) -> str:
+    """Say which attribute it is: the deepest one with which the attempt fails alone."""
+    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+        return f"{type(model).__name__} nests too deeply for pickle: raise sys.setrecursionlimit before publishing"
+    path, culprit = _deepest_failure(type(model).__name__, model, attempt, set())
+    hint = "Remove it before publishing, or give its class a __getstate__ that leaves it out."
+    return f"{path} (a {type(culprit).__name__}) cannot be taken apart: {error}. {hint}"
+
+
+def _deepest_failure(path: str, obj: Any, attempt: Callable[[Any], object], seen: set[int]) -> tuple[str, Any]:
+    seen.add(id(obj))
+    children: list[tuple[str, Any]] = []
+    if isinstance(obj, torch.nn.Module):
+        state = dict(vars(obj))
+        for registry in ("_modules", "_parameters", "_buffers"):
+            children += [(f"{path}.{name}", child) for name, child in state.pop(registry, {}).items()]
+        children += [(f"{path}.{name}", child) for name, child in state.items()]
+    elif isinstance(obj, dict):
+        children = [(f"{path}[{name!r}]", child) for name, child in obj.items()]
+    elif isinstance(obj, list | tuple | set):
+        children = [(f"{path}[{number}]", child) for number, child in enumerate(obj)]
+    elif hasattr(obj, "__dict__") and not isinstance(obj, type):
+        children = [(f"{path}.{name}", child) for name, child in vars(obj).items()]
+    for name, child in children:
+        if id(child) in seen:
+            continue
+        try:
+            attempt(child)
+        except Exception:
+            return _deepest_failure(name, child, attempt, seen)
+    return path, obj

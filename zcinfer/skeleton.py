@@ -1,0 +1,178 @@
+"""A module without its tensors, as a pickle: written with every tensor taken out, read with views put in.
+
+Most of a load is the reading of this pickle, so it is written to be read fast: a plain module takes its unpickled
+``__dict__`` for its own, instead of having torch copy it in Python, and empty hook dictionaries are made by their type
+alone. Reading one runs code.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from .canonical import is_plain, reduce_refused, storage_key
+from .description import BUFFER_DTYPES, TensorSpec
+
+try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
+    from cloudpickle import Pickler as _BasePickler
+except ImportError:
+    from pickle import Pickler as _BasePickler
+
+
+def _attributes_of_a_module() -> frozenset[str]:
+    module = Module.__new__(Module)
+    Module.__setstate__(module, {})  # type: ignore[no-untyped-call]
+    return frozenset(vars(module))
+
+
+# What Module.__setstate__ adds to a state that lacks it; one that has it all can be taken as it is.
+_EXPECTED = _attributes_of_a_module()
+
+
+class Taken:
+    """Tensors and storages met by the pickler, each once."""
+
+    def __init__(self) -> None:
+        self.specs: list[TensorSpec] = []
+        self.tensors: list[torch.Tensor] = []  # keeps ids valid
+        self.storages: list[torch.UntypedStorage] = []
+        self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
+        self._tensor_index: dict[int, int] = {}
+        self._storage_index: dict[tuple[Any, ...], int] = {}
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        if id(tensor) not in self._tensor_index:
+            self._tensor_index[id(tensor)] = len(self.specs)
+            self.tensors.append(tensor)
+            self.specs.append(
+                TensorSpec(
+                    self.storage(tensor.untyped_storage()),
+                    str(tensor.dtype).removeprefix("torch."),
+                    int(tensor.storage_offset()),
+                    tuple(tensor.size()),
+                    tuple(tensor.stride()),
+                    tensor.requires_grad,
+                    isinstance(tensor, torch.nn.Parameter),
+                    False,
+                )
+            )
+        return self._tensor_index[id(tensor)]
+
+    def storage(self, storage: torch.UntypedStorage) -> int:
+        key = storage_key(storage)
+        if key not in self._storage_index:
+            self._storage_index[key] = len(self.storages)
+            self.storages.append(storage)
+            self.uses.append(0)
+        self.uses[self._storage_index[key]] += 1
+        return self._storage_index[key]
+
+    def table(self) -> tuple[TensorSpec, ...]:
+        def whole(tensor: torch.Tensor, spec: TensorSpec) -> bool:
+            usual = torch.empty(spec.size, device="meta").stride()  # of an axis of length 1 any stride is contiguous
+            covers = spec.stride == usual and tensor.nbytes == self.storages[spec.storage].nbytes() > 0
+            return covers and self.uses[spec.storage] == 1 and spec.dtype in BUFFER_DTYPES
+
+        return tuple(s._replace(whole=whole(t, s)) for t, s in zip(self.tensors, self.specs, strict=True))
+
+
+def dump(obj: Any, taken: Taken) -> bytes:
+    """Pickle of ``obj`` without tensors and storages, which go to ``taken``."""
+    file = io.BytesIO()
+    _Splitter(file, taken).dump(obj)
+    return file.getvalue()
+
+
+def load(skeleton: bytes, tensors: Sequence[torch.Tensor], storages: Sequence[Any] | None) -> Any:
+    """The object of a skeleton, with these tensors and storages in their places.
+
+    Without storages the tensors are fake, and those of unusual kinds raise `NotImplementedError`.
+    """
+    unpickler: Any = pickle.Unpickler(io.BytesIO(skeleton))
+    table = _Table(enumerate(tensors, len(_FUNCTIONS)))
+    table.storages = storages
+    adopt_tensor = _ADOPT_TENSOR if storages is not None else _update_fake
+    table.update(enumerate((_ADOPT, adopt_tensor, tensors.__getitem__)))
+    unpickler.persistent_load = table.__getitem__
+    return unpickler.load()
+
+
+def _tensor(number: int) -> torch.Tensor:
+    """Stands for the table of tensors, which a skeleton is read with."""
+    raise NotImplementedError
+
+
+def _update_fake(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
+    tensor.__dict__.update(attributes)  # where a fake tensor has attributes of its own
+
+
+# Functions in C that a skeleton calls, by their numbers in it; tensors have the numbers that follow.
+_ADOPT = vars(Module)["__dict__"].__set__  # module.__dict__ = state
+_ADOPT_TENSOR = vars(torch.Tensor)["__dict__"].__set__
+_FUNCTIONS = {id(_ADOPT): 0, id(_ADOPT_TENSOR): 1, id(_tensor): 2}
+
+
+class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
+    def __init__(self, file: io.BytesIO, taken: Taken):
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._taken = taken
+
+    def persistent_id(self, obj: Any) -> int | tuple[int, str] | None:
+        if isinstance(obj, torch.Tensor):
+            return self._taken.tensor(obj) + len(_FUNCTIONS) if is_plain(obj) and not obj.__dict__ else None
+        if isinstance(obj, torch.storage.TypedStorage):
+            return self._taken.storage(obj._untyped_storage), str(obj.dtype).removeprefix("torch.")
+        if isinstance(obj, torch.UntypedStorage):
+            return self._taken.storage(obj), ""
+        return _FUNCTIONS.get(id(obj))
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor) and is_plain(obj):
+            # Attributes that somebody has set on it, as `from_pretrained` does on each.
+            return _tensor, (self._taken.tensor(obj),), obj.__dict__, None, None, _ADOPT_TENSOR
+        if type(obj) is OrderedDict and not obj:
+            return copyreg.__newobj__, (OrderedDict,)  # type: ignore[attr-defined]
+        reduced = reduce_refused(obj)
+        if reduced is None and isinstance(obj, Module) and type(obj).__setstate__ is Module.__setstate__:
+            reduced = _reduced_plainly(obj)
+        if reduced is not None:
+            return reduced
+        override = getattr(super(), "reducer_override", None)
+        return override(obj) if override is not None else NotImplemented
+
+
+def _reduced_plainly(module: Module) -> Any:
+    """How to pickle a module whose state becomes its ``__dict__`` as it is; None for others."""
+    if type(module) in copyreg.dispatch_table:
+        return None
+    reduced = module.__reduce_ex__(4)
+    if not isinstance(reduced, tuple):
+        return None
+    function, arguments, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
+    plain = function is copyreg.__newobj__ and (items, pairs, setter) == (None, None, None)  # type: ignore[attr-defined]
+    if not plain or type(state) is not dict or not state.keys() >= _EXPECTED:
+        return None
+    return function, arguments, state, None, None, _ADOPT
+
+
+class _Table(dict[Any, Any]):
+    """What stands at each number of a skeleton; storages, of tensors of unusual kinds, have a pair of their own."""
+
+    storages: Sequence[Any] | None
+
+    def __missing__(self, number: tuple[int, str]) -> Any:
+        if self.storages is None:
+            raise NotImplementedError("tensors of unusual kinds have no shape without their weights")
+        index, dtype = number
+        storage = self.storages[index]
+        if not dtype:
+            return storage
+        kind: Any = torch.storage.TypedStorage
+        return kind(wrap_storage=storage, dtype=getattr(torch, dtype), _internal=True)
