@@ -950,7 +950,7 @@ def test_a_model_whose_code_fails_is_named(foreign: Any, name: str, error: type[
 def test_a_module_of_another_torch_gets_the_attributes_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skeleton, "_EXPECTED", frozenset())
     model = nn.Linear(2, 3)
-    expected = vars(model).keys()
+    expected = set(vars(model))
     del vars(model)["_forward_hooks_with_kwargs"]
     parts = split(model)
     buffer = bytearray(b"".join(bytes(piece) for piece in parts.pieces()))
