@@ -6,11 +6,18 @@ import io
 import os
 import pty
 import re
+import sys
+import threading
 from contextlib import suppress
 
 import pytest
 
-from zcinfer.progress import Progress
+from zcinfer.progress import Progress, bytes_bar
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_one_line_where_there_is_no_terminal() -> None:
@@ -67,3 +74,22 @@ def test_bar_of_fixed_total_with_rate_and_time_left_at_a_terminal(quiet: bool) -
         assert re.search(r"model@1:  25 % \|.*\| 500/2,000 rows", drawn)
         assert re.search(r"model@1:  75 % \|.*\| 1,500/2,000 rows, *[\d.]+k? rows/s, \d\d:\d\d left", drawn)
         assert "done" not in drawn
+
+
+def test_a_bar_over_bytes_waits_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with bytes_bar("put model", 3_000_000, None) as advance:
+        advance(1_000_000)
+        assert not re.search(r"\d+%", terminal.getvalue())
+        threading.Event().wait(1.1)
+        advance(1_000_000)
+        assert re.search(r"put model: +67%.*2\.00M/3\.00M", terminal.getvalue())
+
+
+@pytest.mark.parametrize(("terminal", "show"), [(True, False), (False, None)])
+def test_a_bar_over_bytes_can_be_left_out(terminal: bool, show: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", file := Terminal() if terminal else io.StringIO())
+    with bytes_bar("put model", 3_000_000, show) as advance:
+        threading.Event().wait(1.1)
+        advance(3_000_000)
+    assert file.getvalue() == ""

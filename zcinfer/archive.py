@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ WEIGHTS, SKELETON, DESCRIPTION, VERIFIED = "weights.safetensors", "skeleton.pkl"
 
 # The header fills whole pages: data begins on one, and there is always a page in front of it (see `sharing`).
 MARGIN = 4096
+_WRITE = 16 << 20  # at a time, so that progress is seen
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _SAFETENSORS_DTYPE = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
@@ -177,16 +178,22 @@ class Archive:
         return ArchiveError(f"{self.directory / WEIGHTS} cannot be read any more: {error}. Publish the model again.")
 
 
-def write_archive(parts: Parts, directory: Path) -> Archive:
-    """Write the parts of a model into ``directory``, which must be new or empty; it is complete on return."""
+def write_archive(parts: Parts, directory: Path, advance: Callable[[int], object] = int) -> Archive:
+    """Write the parts of a model into ``directory``, which is new or empty; it is complete, and on disk, on return.
+
+    ``advance`` is called with numbers of bytes as they are written.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **asdict(parts.description)}, indent=1).encode()
     header = _safetensors_header(parts.description, hashlib.sha256(text).hexdigest())
     with open(directory / WEIGHTS, "xb") as file:
         file.write(header)
         for piece in parts.pieces():
-            file.write(piece)
-    (directory / SKELETON).write_bytes(parts.skeleton)
+            for start in range(0, len(piece), _WRITE):
+                advance(file.write(piece[start : start + _WRITE]))
+        file.flush()
+        os.fsync(file.fileno())
+    write_file(directory / SKELETON, parts.skeleton)
     write_file(directory / DESCRIPTION, text)
     archive = Archive(directory)
     write_file(directory / VERIFIED, json.dumps(archive._stamp()).encode())
@@ -194,9 +201,12 @@ def write_archive(parts: Parts, directory: Path) -> Archive:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically."""
+    """Replace a file atomically; what was there, or what is new, is there after a loss of power."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -182,7 +182,8 @@ def models() -> pd.DataFrame:
     -------
     pandas.DataFrame
         Columns name, version, nbytes (bytes of weights), tensors (number), shared and private (bytes that all
-        readers have in common, and that each has for itself), class, created, digest. Models whose archive is damaged
+        readers have in common, and that each has for itself), own and base (of the shared bytes those that no other
+        model has, and those that lie in the base's memory), class, created, digest. Models whose archive is damaged
         have ``nbytes`` 0 and the reason as ``class``.
 
     Examples
@@ -199,13 +200,14 @@ def models() -> pd.DataFrame:
     rows = []
     for version in found.versions():
         try:
-            described = found.archive(version.digest).description
+            described, base = found.archive(version.digest).description, found.base(version.digest)
             nbytes, private = described.nbytes, described.skeleton_nbytes
-            sizes = (nbytes, len(described.tensors), nbytes, private, described.class_name)
+            own = described.over(base.description).nbytes if base is not None else nbytes
+            sizes = (nbytes, len(described.tensors), nbytes, private, own, nbytes - own, described.class_name)
         except ZcinferError as error:
-            sizes = (0, 0, 0, 0, f"damaged: {error}")
+            sizes = (0, 0, 0, 0, 0, 0, f"damaged: {error}")
         rows.append((version.name, version.version, *sizes, version.created, version.digest))
-    columns = ["name", "version", "nbytes", "tensors", "shared", "private", "class", "created", "digest"]
+    columns = ["name", "version", "nbytes", "tensors", "shared", "private", "own", "base", "class", "created", "digest"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -60,9 +60,10 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("--name", help="Name to publish under. Default: that of OBJECT, or of the directory.")
+@click.option("--base", help="A published model that this is a variant of: equal tensors are one memory.")
 @click.option("--trust", is_flag=True, help="Open an archive that you have not written: this runs code from it.")
 @_JSON
-def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
+def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bool) -> None:
     """Publish MODEL: an archive's directory, or MODULE:OBJECT.
 
     OBJECT is an nn.Module, or a function that returns one; MODULE is importable from here or from the installed
@@ -75,7 +76,7 @@ def put(model: str, name: str | None, trust: bool, as_json: bool) -> None:
     if not os.path.isdir(model):
         published = _import_object(model)
         name = name or model.partition(":")[2].lower()
-    ref = publishing.put(published, name, trust=trust)
+    ref = publishing.put(published, name, base=base, trust=trust)
     if as_json:
         click.echo(json.dumps(asdict(ref)))
     else:
@@ -97,10 +98,11 @@ def ls(as_json: bool) -> None:
     else:
         table["shared"] = table["shared"].map(_size)
         table["private"] = table["private"].map(_size)
+        table["own"] = table["own"].map(_size)
         table["digest"] = table["digest"].str[:12]
         table["class"] = table["class"].str.rpartition(".")[2].where(table["nbytes"] > 0, table["class"])
         table["created"] = table["created"].str[:16].str.replace("T", " ")
-        click.echo(table.drop(columns=["nbytes", "tensors"]).to_string(index=False))
+        click.echo(table.drop(columns=["nbytes", "tensors", "base"]).to_string(index=False))
 
 
 @main.command()

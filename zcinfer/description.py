@@ -8,9 +8,9 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -78,11 +78,12 @@ class StorageSpec(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Numbers, sizes, dtypes and offsets (bytes) of tensors; numbers of the parameters, and of what wants gradients."""
+    """Numbers, sizes, dtypes and places (bytes) of tensors; numbers of the parameters, and of what wants gradients."""
 
     numbers: list[int]
     sizes: list[tuple[int, ...]]
     dtypes: list[np.dtype[Any]]
+    in_base: list[bool]
     offsets: list[int]
     parameters: list[int]
     with_gradient: list[int]
@@ -112,6 +113,8 @@ class Description:
         Floating dtype of the first parameter that has one ("float32"), or "".
     requires : dict of str to str
         Top-level package of each class and function in the skeleton, and its version where it has one.
+    in_base : tuple of int
+        Numbers of the storages that lie in another model's buffer; none in an archive.
     """
 
     digest: str
@@ -124,6 +127,7 @@ class Description:
     training: tuple[str, ...]
     dtype: str
     requires: dict[str, str]
+    in_base: tuple[int, ...] = ()
 
     @cached_property
     def columns(self) -> Columns:
@@ -134,10 +138,46 @@ class Description:
             numbers,
             [tensor.size for tensor in tensors],
             [_NUMPY[tensor.dtype] for tensor in tensors],
+            [tensor.storage in self.in_base for tensor in tensors],
             [self.storages[tensor.storage].offset for tensor in tensors],
             [n for n, tensor in enumerate(self.tensors) if tensor.parameter],
             [n for n, tensor in enumerate(self.tensors) if tensor.requires_grad],
         )
+
+    def over(self, base: Description, own: bool = True) -> Description:
+        """The same model with the storages that ``base`` has too lying in the buffer of ``base``.
+
+        Parameters
+        ----------
+        base : Description
+        own : bool
+            Place the others in a buffer of their own, one after the other; else they stay where they are.
+        """
+        # Each place serves once: two tensors of equal content must not become one memory.
+        places: dict[tuple[str, int], dict[str, int]] = {}
+        for spec in base.storages:
+            if spec.nbytes:
+                places.setdefault((spec.sha256, spec.nbytes), {})[spec.name] = spec.offset
+        storages, in_base, position = list(self.storages), [], 0
+        # Those of the same name first, lest another takes their place.
+        named = [n for n, spec in enumerate(storages) if spec.name in places.get((spec.sha256, spec.nbytes), ())]
+        for number in dict.fromkeys([*named, *range(len(storages))]):
+            spec = storages[number]
+            free = places.get((spec.sha256, spec.nbytes))
+            if free:
+                offset = free.pop(spec.name) if spec.name in free else free.popitem()[1]
+                storages[number] = spec._replace(offset=offset)
+                in_base.append(number)
+        for number in sorted(set(range(len(storages))) - set(in_base)) if own else ():
+            storages[number] = storages[number]._replace(offset=position)
+            position += -(-storages[number].nbytes // ALIGNMENT) * ALIGNMENT
+        nbytes = position + TAIL if own else self.nbytes
+        return replace(self, storages=tuple(storages), nbytes=nbytes, in_base=tuple(sorted(in_base)))
+
+    @property
+    def nbytes_in_base(self) -> int:
+        """Bytes of the storages that lie in another model's buffer."""
+        return sum(self.storages[number].nbytes for number in self.in_base)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Description:
@@ -152,6 +192,7 @@ class Description:
                     "storages": tuple(storages),
                     "training": tuple(value["training"]),
                     "requires": dict(value["requires"]),
+                    "in_base": tuple(value["in_base"]),
                 }
             )
             _check(described)
@@ -165,6 +206,8 @@ def _check(description: Description) -> None:
     texts = (description.class_name, description.dtype, description.skeleton_sha256)
     _only(str, (*texts, *description.training, *description.requires, *description.requires.values()))
     _only(int, (description.nbytes, description.skeleton_nbytes))
+    if description.in_base:
+        raise ValueError("an archive is whole, and has no storages elsewhere")
     if not re.fullmatch("[0-9a-f]{64}", description.digest):
         raise ValueError(f"the digest is {description.digest!r}")
     _only(int, (number for storage in description.storages for number in storage[:2]))
@@ -213,18 +256,25 @@ def _only(kind: type, values: Iterable[Any]) -> None:
         raise TypeError(f"found {', '.join(other.__name__ for other in others)} instead of {kind.__name__}")
 
 
-def sha256_each(sources: Sequence[Bytes]) -> list[bytes]:
-    """SHA-256 over the SHA-256 of each piece of 16 MiB, per source, on all cores (hashlib releases the GIL)."""
+def sha256_each(sources: Sequence[Bytes], advance: Callable[[int], object] = int) -> list[bytes]:
+    """SHA-256 over the SHA-256 of each piece of 16 MiB, per source, on all cores (hashlib releases the GIL).
+
+    ``advance`` is called with the bytes of each piece that is done.
+    """
     pieces = [
         (number, source[start : start + _HASH_PIECE])
         for number, source in enumerate(sources)
         for start in range(0, max(source.nbytes, 1), _HASH_PIECE)
     ]
     totals = [hashlib.sha256() for _ in sources]
-    with ThreadPoolExecutor() as threads:
+    threads = ThreadPoolExecutor()
+    try:
         digests = threads.map(lambda piece: hashlib.sha256(piece[1]).digest(), pieces)
-        for (number, _), digest in zip(pieces, digests, strict=True):
+        for (number, piece), digest in zip(pieces, digests, strict=True):
             totals[number].update(digest)
+            advance(piece.nbytes)
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C there may be minutes of them
     return [total.digest() for total in totals]
 
 

@@ -7,6 +7,7 @@ results never depend on the order of blocks. Not for choosing stores or names (`
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
@@ -83,8 +84,20 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     return _load(ref, device)[0]
 
 
-def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, Bytes]:
-    """The module, and the mapping that its weights are views of."""
+def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, tuple[Bytes, ...]]:
+    """The module, and the mappings that its weights are views of."""
+    # Thousands of new objects call for a garbage collection every few hundred, and none of them is garbage. The one
+    # that is due comes after the load.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _build(ref, device)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _build(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, tuple[Bytes, ...]]:
     seconds: dict[str, float] = {}
     target = device_of(device)
     begin = perf_counter()
@@ -102,16 +115,17 @@ def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Mo
         _import(package)
     imported = perf_counter()
     read_only = fetched.protection == "read-only"
-    model = join(fetched.skeleton, fetched.description, fetched.buffer, copy_small=read_only)
+    model = join(fetched.skeleton, fetched.description, fetched.buffer, base=fetched.base, copy_small=read_only)
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
     if target.type != "cpu":
         model = model.to(target)
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
-    shared, private = fetched.description.nbytes, len(fetched.skeleton)
+    shared = fetched.description.nbytes + fetched.description.nbytes_in_base
+    private = len(fetched.skeleton)
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
-    return model, fetched.buffer
+    return model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,)))
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
@@ -146,7 +160,7 @@ class Resident:
     """A module built in this process, and what tells whether it has been written to since."""
 
     def __init__(self, ref: ModelRef, device: str, training: str):
-        self.model, self._buffer = _load(ref, device)
+        self.model, self._buffers = _load(ref, device)
         if training == "eval":
             self.model.eval()
         # Attributes, parameters, buffers and submodules of each module, as they are now.
@@ -159,7 +173,7 @@ class Resident:
         held = (value for _, values in self._tables for value in values)
         self._tensors = [v for v in held if isinstance(v, torch.Tensor) and not v.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
-        self._pages = written_pages(self._buffer)
+        self._pages = self._written()
 
     def is_unchanged(self) -> bool:
         """Whether weights, buffers and attributes are what they were when it was built.
@@ -170,8 +184,11 @@ class Resident:
         return (
             all(len(table) == len(held) and all(map(is_, table.values(), held)) for table, held in self._tables)
             and [tensor._version for tensor in self._tensors] == self._versions
-            and written_pages(self._buffer) == self._pages
+            and self._written() == self._pages
         )
+
+    def _written(self) -> int:
+        return sum(map(written_pages, self._buffers))
 
 
 class Residents:

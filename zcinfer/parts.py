@@ -9,12 +9,10 @@ Tensors are taken by storage, not by module: that keeps ties, views, strides and
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -60,13 +58,15 @@ class Parts:
             yield bytes(self.description.nbytes - position)
 
 
-def split(model: torch.nn.Module) -> Parts:
+def split(model: torch.nn.Module, advance: Callable[[int], object] = int) -> Parts:
     """Take a module apart into a skeleton, a table and the bytes of its storages.
 
     Parameters
     ----------
     model : torch.nn.Module
         On any device; it is not changed. Gradients are left out, as pickle leaves them out.
+    advance : callable, optional
+        Called with numbers of bytes as they are read; their sum is that of all storages.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def split(model: torch.nn.Module) -> Parts:
         raise SplitError(blame(model, error, lambda part: dump(part, Taken()))) from error
 
     sources = [storage_bytes(storage) for storage in taken.storages]
-    digests = sha256_each(sources)
+    digests = sha256_each(sources, advance)
     by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
 
     def storage_digest(storage: torch.UntypedStorage) -> bytes:
@@ -130,7 +130,9 @@ def split(model: torch.nn.Module) -> Parts:
     return Parts(description, skeleton, sources)
 
 
-def join(skeleton: bytes, description: Description, buffer: Any, *, copy_small: bool = False) -> torch.nn.Module:
+def join(
+    skeleton: bytes, description: Description, buffer: Any, *, base: Any = None, copy_small: bool = False
+) -> torch.nn.Module:
     """Put a module together over a buffer, without copying the weights.
 
     Parameters
@@ -141,6 +143,8 @@ def join(skeleton: bytes, description: Description, buffer: Any, *, copy_small: 
     buffer : writable buffer of bytes
         The storages at their offsets. The module's tensors are views of it and keep it alive. Who else sees
         writes to it is up to the buffer.
+    base : writable buffer of bytes, optional
+        The buffer of another model, where the description says that storages lie there.
     copy_small : bool
         Give the module copies of its own of buffers, and of tensors under a page: those that models do write. For
         a buffer whose pages are read-only.
@@ -165,9 +169,8 @@ def join(skeleton: bytes, description: Description, buffer: Any, *, copy_small: 
     >>> torch.equal(join(parts.skeleton, parts.description, buffer).weight, layer.weight)
     True
     """
-    with _uncollected():
-        tensors, storages = view(buffer, description, copy_small)
-        return _joined(skeleton, description, tensors, storages)
+    tensors, storages = view(buffer, description, copy_small, base)
+    return _joined(skeleton, description, tensors, storages)
 
 
 def join_fake(skeleton: bytes, description: Description) -> torch.nn.Module:
@@ -194,7 +197,7 @@ def _joined(
         ) from error
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"{description.class_name} comes back as a {type(model).__name__}: look at its __reduce__")
-    if description.requires.get("torch") != _version("torch"):
+    if description.requires.get("torch") != torch.__version__:
         # Modules of this version may have attributes that those of the other had not.
         for module in torch.nn.Module.modules(model):
             if type(module).__setstate__ is torch.nn.Module.__setstate__:
@@ -219,18 +222,6 @@ def _missing(description: Description, error: Exception) -> str:
         f"the model's class {description.class_name} needs code that this process does not have ({error}). "
         f"On every worker, {remedy} (same version as where the model was published)."
     )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: thousands of new objects would call for it, and none of them is garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def storage_bytes(storage: torch.UntypedStorage) -> Bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from types import TracebackType
 from typing import IO, Any
@@ -73,6 +75,21 @@ class Progress:
                 file=self._file,
                 flush=True,
             )
+
+
+@contextmanager
+def bytes_bar(label: str, total: int, show: bool | None) -> Iterator[Callable[[int], object]]:
+    """A bar over bytes, from the second on which they take; yields the function that counts them.
+
+    ``show`` None: on a terminal.
+    """
+    shown = sys.stderr.isatty() if show is None else show
+    bar = tqdm(
+        total=total, desc=label, unit="B", unit_scale=True, delay=1, leave=False, disable=not shown, file=sys.stderr,
+        **_shape(sys.stderr),
+    )  # fmt: skip
+    with bar:
+        yield bar.update
 
 
 def _shape(file: IO[str]) -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from . import catalog
 from .archive import Archive
+from .description import Description
 from .errors import ModelNotFound, OutputError, SettingsError
 from .loading import load_ref
 from .parts import join, split
+from .progress import bytes_bar
 from .registry import check_name
 from .store import ModelRef
 
@@ -21,7 +25,14 @@ log = logging.getLogger("zcinfer")
 _MUCH_PRIVATE = 1_000_000
 
 
-def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: bool = False) -> ModelRef:
+def put(
+    model: torch.nn.Module | str | Path,
+    name: str | None = None,
+    *,
+    base: str | ModelRef | None = None,
+    trust: bool = False,
+    progress: bool | None = None,
+) -> ModelRef:
     """Publish a model.
 
     Parameters
@@ -30,8 +41,14 @@ def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: 
         A module (it is not changed), or the directory of an archive that `save` wrote.
     name : str, optional
         Default: the class's name in lower case, or the archive directory's.
+    base : str or ModelRef, optional
+        A published model of which this one is a variant, as a fine-tuned one is: tensors that are equal, bit for bit,
+        are one memory, and the variant's own hold only the others. The base's memory stays as long as the variant;
+        the archive is whole.
     trust : bool
         Open an archive that this user has not written. A skeleton is a pickle: opening one runs code from it.
+    progress : bool, optional
+        Show progress on standard error where it takes more than a second. Default: on a terminal.
 
     Returns
     -------
@@ -62,10 +79,27 @@ def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: 
         opened.verify()
         name = name or path.name
         model = join(opened.skeleton(), opened.description, opened.weights())
-    parts = split(model)
     name = name or type(model).__name__.lower()
     check_name(name)
-    described = parts.description
+    base = catalog.resolve(base) if base is not None else None
+    store = catalog.current()
+    # Read for the digest, and written.
+    with bytes_bar(f"put {name}", 2 * _weight_bytes(model), progress) as advance:
+        parts = split(model, advance)
+        described = parts.description
+        _warn_of_private(name, described)
+        own, shared_with = _shared_with(name, described, base)
+        # Before anything is written, so that nothing has to be taken back.
+        registry.make_room(described.digest, described.nbytes)
+        if store is not None:
+            store.make_room(described.digest, own)
+        version = registry.add(parts, name, shared_with, advance)
+        if store is not None:
+            store.publish(version.digest)
+    return catalog.ref_of(version)
+
+
+def _warn_of_private(name: str, described: Description) -> None:
     if described.skeleton_nbytes > _MUCH_PRIVATE:
         log.warning(
             "%s: %.1f MB are shared, but %.1f MB are private to each process that loads it: what is no tensor (NumPy "
@@ -74,15 +108,27 @@ def put(model: torch.nn.Module | str | Path, name: str | None = None, *, trust: 
             described.nbytes / 1e6,
             described.skeleton_nbytes / 1e6,
         )
-    # Before anything is written, so that nothing has to be taken back.
-    registry.make_room(described.digest, described.nbytes)
-    store = catalog.current()
-    if store is not None:
-        store.make_room(described.digest, described.nbytes)
-    version = registry.add(parts, name)
-    if store is not None:
-        store.publish(version.digest)
-    return catalog.ref_of(version)
+
+
+def _shared_with(name: str, described: Description, base: ModelRef | None) -> tuple[int, str | None]:
+    """Bytes that the model needs of its own, and the digest of the model that it shares the others with."""
+    if base is None:
+        return described.nbytes, None
+    registry = catalog.registry()
+    root = registry.base(base.digest) or registry.archive(base.digest)  # the base of a base: there are no chains
+    over = described.over(root.description)
+    if over.in_base:
+        return over.nbytes, root.description.digest
+    log.warning("%s has no tensor in common with its base %s", name, base)
+    return described.nbytes, None
+
+
+def _weight_bytes(model: Any) -> int:
+    """Roughly: what the bar shows its share of."""
+    if not isinstance(model, torch.nn.Module):
+        return 0  # split refuses it
+    tensors = [*torch.nn.Module.parameters(model), *torch.nn.Module.buffers(model)]
+    return sum(tensor.nbytes for tensor in tensors if tensor.layout is torch.strided and not is_lazy(tensor))
 
 
 def load(model: str | ModelRef, device: str | torch.device | None = None) -> torch.nn.Module:

@@ -17,10 +17,10 @@ import select
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic, perf_counter
-from typing import Any, NoReturn, TypeVar
+from time import monotonic, perf_counter, sleep
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
@@ -28,7 +28,7 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from . import config, keeper
-from .archive import MARGIN
+from .archive import MARGIN, Archive
 from .description import Bytes, Description
 from .errors import StoreFull, StoreUnavailable, ZcinferError
 from .registry import Registry
@@ -44,7 +44,19 @@ Head = tuple[Description, bytes]  # description and skeleton of a model
 # Models that a reader is told of when it connects: its first load then needs no question.
 _OFFERED = 16
 
+# Seconds for which a reader keeps an object that it has just used, and so its memory.
+KEPT = 3.0
+
 NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
+
+
+class _Held(NamedTuple):
+    """A model in the store: bytes of its own object, pickle of description and skeleton, objects, registry."""
+
+    nbytes: int
+    head: bytes
+    references: list[Any]
+    registry: str
 
 
 class Holder:
@@ -52,7 +64,8 @@ class Holder:
 
     def __init__(self, capacity: int):
         self._capacity = capacity
-        self._objects: dict[str, tuple[int, bytes, Any, str]] = {}
+        self._objects: dict[str, _Held] = {}
+        self._forgotten: list[tuple[float, int]] = []
         self._page = ray.put(np.zeros(1 << 17, np.uint8))  # below 100 kB Ray would send the bytes themselves
         self._arena = Plasma(ray.get(self._page)).file
 
@@ -60,30 +73,41 @@ class Holder:
         """A small object in shared memory, and what `fetch` gives for the models put last."""
         # Objects in lists are passed on unread.
         last = list(self._objects.items())[-_OFFERED:]
-        return [self._page], {digest: (head, [reference]) for digest, (_, head, reference, _) in last}
+        return [self._page], {digest: (held.head, held.references) for digest, held in last}
 
     def fetch(self, digest: str, registry: str) -> tuple[bytes, list[Any]]:
-        """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread)."""
+        """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread).
+
+        A second object is that of the base in which some of the storages lie.
+        """
         if digest not in self._objects:
-            archive = Registry(registry).archive(digest)
-            self.make_room(digest, archive.description.nbytes, registry)
-            head = pickle.dumps((archive.description, archive.skeleton()))
-            reference = ray.put(archive.padded_weights())
+            archive, base = Registry(registry).archive(digest), Registry(registry).base(digest)
+            description, weights = archive.description, archive.padded_weights()
+            others: list[Any] = []
+            if base is not None:
+                _, others = self.fetch(base.description.digest, registry)
+                description = description.over(base.description)
+                weights = _own_weights(archive, description)
+            self.make_room(digest, description.nbytes, registry)
+            head = pickle.dumps((description, archive.skeleton()))
+            reference = ray.put(weights)
             if Plasma(ray.get(reference)).file != self._arena:
                 # Plasma was fuller than we knew: a deleted model that somebody still maps, or objects of others.
                 del reference
-                self._refuse(archive.description.nbytes, registry, "no room in one piece")
-            self._objects[digest] = (archive.description.nbytes, head, reference, registry)
-        _, head, reference, _ = self._objects[digest]
-        return head, [reference]
+                self._refuse(description.nbytes, registry, "no room in one piece")
+            self._objects[digest] = _Held(description.nbytes, head, [reference, *others], registry)
+        held = self._objects[digest]
+        return held.head, held.references
 
     def forget(self, digest: str) -> None:
         """Drop one model; its memory is free once the last reader has let go."""
-        self._objects.pop(digest, None)
+        forgotten = self._objects.pop(digest, None)
+        if forgotten is not None:
+            self._forgotten.append((monotonic(), forgotten.nbytes))
 
     def usage(self) -> tuple[int, int, dict[str, int]]:
         """Capacity of the store, bytes held, and bytes by digest."""
-        held = {digest: nbytes for digest, (nbytes, _, _, _) in self._objects.items()}
+        held = {digest: found.nbytes for digest, found in self._objects.items()}
         return self._capacity, sum(held.values()), held
 
     def make_room(self, digest: str, nbytes: int, registry: str) -> None:
@@ -94,13 +118,17 @@ class Holder:
         capacity, used, _ = self.usage()
         if used + nbytes + MARGIN > capacity:
             self._refuse(nbytes, registry, f"{_mb(used)} of the store's {_mb(capacity)} are taken")
+        # What was deleted a moment ago, readers may keep for a moment more.
+        self._forgotten = [(since, size) for since, size in self._forgotten if monotonic() - since < KEPT + 0.5]
+        if used + nbytes + MARGIN + sum(size for _, size in self._forgotten) > capacity:
+            sleep(max(since for since, _ in self._forgotten) + KEPT + 0.5 - monotonic())
 
     def _forget_deleted(self) -> None:
         # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
-        known = {registry: {v.digest for v in Registry(registry).versions()} for *_, registry in self._objects.values()}
-        for digest, (*_, registry) in list(self._objects.items()):
-            if digest not in known[registry]:
-                del self._objects[digest]
+        known = {held.registry: Registry(held.registry).digests() for held in self._objects.values()}
+        for digest, held in list(self._objects.items()):
+            if digest not in known[held.registry]:
+                self.forget(digest)
 
     def _refuse(self, nbytes: int, registry: str, why: str) -> NoReturn:
         names = {version.digest: str(version) for version in Registry(registry).versions()}
@@ -147,8 +175,9 @@ class RayStore:
         self._lost = threading.Event()
         self._retry_at = 0.0
         self._raylet: int | None = None
-        self._heads: dict[str, Head] = {}
-        self._mapped: weakref.WeakValueDictionary[str, Plasma] = weakref.WeakValueDictionary()
+        self._mapped: weakref.WeakValueDictionary[str, _Object] = weakref.WeakValueDictionary()
+        self._kept: dict[str, tuple[float, _Object]] = {}
+        self._timer: threading.Timer | None = None
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
         deadline = monotonic() + patience
@@ -208,17 +237,18 @@ class RayStore:
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
         # Content under one digest never changes: while some module of it lives, there is nothing to ask.
-        padded = self._mapped.get(digest)
-        if padded is None:
+        found = self._mapped.get(digest)
+        if found is None:
             # Offers are for the first load alone: a reference that is kept keeps its object.
             offer, self._offers = self._offers.get(digest), {}
-            self._heads[digest], array = self._within(self._patience(digest), lambda: self._get(digest, offer))
-            padded = self._mapped[digest] = Plasma(array)
-        description, skeleton = self._heads[digest]
+            found = self._mapped[digest] = self._within(self._patience(digest), lambda: self._get(digest, offer))
+        self._keep(digest, found)
+        description, skeleton = found.head
         fetched = perf_counter()
-        buffer, protection = padded.map(MARGIN, description.nbytes)
+        buffer, protection = found.map(MARGIN, description.nbytes)
+        base = found.base.map(MARGIN, found.base.nbytes - MARGIN)[0] if found.base is not None else None
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
-        return Fetched(description, skeleton, buffer, protection, seconds)
+        return Fetched(description, skeleton, buffer, protection, seconds, base)
 
     def make_room(self, digest: str, nbytes: int) -> None:
         directory = str(self.registry.directory)
@@ -231,6 +261,7 @@ class RayStore:
 
     def forget(self, digest: str) -> None:
         self._offers = {}
+        self._kept.pop(digest, None)
         self._within(self._timeout, lambda: ray.get(self._holder.forget.remote(digest)))
 
     def usage(self) -> tuple[int, int, dict[str, int]]:
@@ -264,26 +295,51 @@ class RayStore:
 
     def close(self) -> None:
         self._lost.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._kept.clear()
         with contextlib.suppress(OSError):
             os.close(self._wake)
         self._session.leave(self._timeout)
         if self._own is not None:
             self._own.stop()
 
-    def _get(self, digest: str, offer: tuple[Head, Any] | None) -> tuple[Head, Bytes]:
+    def _keep(self, digest: str, found: _Object) -> None:
+        """Keep an object for some seconds more: who has loaded a model and dropped it often loads it again."""
+        self._kept[digest] = monotonic(), found
+        if self._timer is None:
+            self._let_go_in(KEPT)
+
+    def _let_go_in(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._let_go)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _let_go(self) -> None:
+        kept = list(self._kept.items())
+        for digest, (since, _) in kept:
+            if monotonic() - since >= KEPT:
+                self._kept.pop(digest, None)
+        left = [since for _, (since, _) in kept if monotonic() - since < KEPT]
+        if left:
+            self._let_go_in(min(left) + KEPT - monotonic() + 0.01)
+        else:
+            self._timer = None
+
+    def _get(self, digest: str, offer: tuple[Head, Any] | None) -> _Object:
         if offer is not None:
             try:
-                return offer[0], ray.get(offer[1])
+                return _Object(ray.get(offer[1]), offer[0])
             except ray.exceptions.ObjectLostError:
                 pass  # its holder has died since; the next one puts it again
-        head, (reference,) = self._ask(digest)
+        head, references = self._ask(digest)
         try:
-            padded = ray.get(reference)
+            arrays = ray.get(references)
         except ray.exceptions.ObjectLostError:
             ray.get(self._holder.forget.remote(digest))
-            head, (reference,) = self._ask(digest)
-            padded = ray.get(reference)
-        return pickle.loads(head), padded
+            head, references = self._ask(digest)
+            arrays = ray.get(references)
+        return _Object(arrays, _read(head))
 
     def _ask(self, digest: str) -> tuple[bytes, list[Any]]:
         answer: tuple[bytes, list[Any]] = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
@@ -320,6 +376,15 @@ class RayStore:
         if isinstance(ours, ZcinferError):
             raise ours
         raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+
+class _Object(Plasma):
+    """A model's weights in Ray's store, those of its base, and its description and skeleton."""
+
+    def __init__(self, arrays: Sequence[Bytes], head: Head):
+        super().__init__(arrays[0])
+        self.base = Plasma(arrays[1]) if len(arrays) > 1 else None
+        self.head = head
 
 
 class _Session:
@@ -445,7 +510,24 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
     (reference,), offers = ray.get(holder.greet.remote())
     page = Plasma(ray.get(reference))
     page.map(0, 1)
-    return holder, page.raylet(), {d: (pickle.loads(head), ref) for d, (head, (ref,)) in offers.items()}
+    return holder, page.raylet(), {digest: (_read(head), refs) for digest, (head, refs) in offers.items()}
+
+
+def _own_weights(archive: Archive, description: Description) -> Bytes:
+    """The storages that do not lie in the base, where the description has them, with a margin in front."""
+    whole = archive.weights()
+    padded = np.zeros(MARGIN + description.nbytes, np.uint8)
+    for number, (spec, place) in enumerate(zip(archive.description.storages, description.storages, strict=True)):
+        if number not in description.in_base:
+            start = MARGIN + place.offset
+            padded[start : start + spec.nbytes] = whole[spec.offset : spec.offset + spec.nbytes]
+    return padded
+
+
+def _read(head: bytes) -> Head:
+    description, skeleton = pickle.loads(head)
+    _ = description.columns  # made once, and kept with it
+    return description, skeleton
 
 
 def _join_within(seconds: float, function: Callable[[], T]) -> tuple[T | None, BaseException | None] | None:

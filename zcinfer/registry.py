@@ -3,6 +3,7 @@
 ::
 
     archives/<digest>/     one archive each, complete or absent (renamed into place)
+    bases/<digest>         digest of the model that this one shares storages with in memory; its archive is whole
     names/<name>.json      the versions of one name, replaced atomically
     seals/<seal>           archives this user has written anywhere: they may be opened without being asked
 
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from .archive import Archive, write_archive
+from .archive import Archive, write_archive, write_file
 from .config import check_owner, private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
 
@@ -71,21 +72,27 @@ class Registry:
                 "DASK_ZCINFER__REGISTRY to a larger disk."
             )
 
-    def add(self, parts: Parts, name: str) -> Version:
+    def add(self, parts: Parts, name: str, base: str | None = None, advance: Callable[[int], object] = int) -> Version:
         """Write the parts' archive unless it is there, and make it the newest version of ``name``.
 
-        The same content again is no new version. Interrupted at any moment, nothing is half-published.
+        The same content again is no new version. Interrupted at any moment, nothing is half-published. With the
+        digest of a ``base``, memory is shared with that; its archive stays as long as this one. ``advance`` is called
+        with numbers of bytes as they are written.
         """
         check_name(name)
         digest = parts.description.digest
         with self._temporary() as temporary:
-            written = None if self._is_complete(digest) else write_archive(parts, temporary / "archive")
+            written = None if self._is_complete(digest) else write_archive(parts, temporary / "archive", advance)
             with self._lock():
                 if written is not None:
                     self._install(written, digest)
                 elif not self._is_complete(digest):  # removed by another process a moment ago
                     written = write_archive(parts, temporary / "archive")
                     self._install(written, digest)
+                # One that is itself a base stays whole in memory: no chains.
+                if base is not None and base != digest and not self._is_base(digest):
+                    self.archive(base)  # or it was removed meanwhile
+                    self._write_base(digest, base, temporary)
                 versions, last = self._read_versions(name)
                 if versions and versions[-1].digest == digest:
                     return versions[-1]
@@ -151,6 +158,19 @@ class Registry:
             raise ArchiveError(f"{directory} holds another model than its name says. Publish the model again.")
         return archive
 
+    def base(self, digest: str) -> Archive | None:
+        """The archive of the model that this one shares storages with in memory."""
+        found = self._base_digest(digest)
+        try:
+            return self.archive(found) if found else None
+        except (ModelNotFound, ArchiveError):
+            return None  # the archive itself is whole
+
+    def digests(self) -> set[str]:
+        """Of all models that are in use: those that have names, and their bases."""
+        named = {version.digest for version in self.versions()}
+        return named | {base for base in map(self._base_digest, named) if base}
+
     def names(self) -> list[str]:
         """All names that have versions, sorted."""
         found = (self.directory / "names").glob("*.json")
@@ -172,13 +192,14 @@ class Registry:
             kept = [version for version in versions if number and version.version != gone.version]
             # The file stays: a number that was given once never names another model.
             self._write_versions(base, kept, last)
-            used = {version.digest for version in self.versions()}
+            used = self.digests()
             # Also what a process that died while it removed or added has left.
             orphans = sorted({path.name for path in (self.directory / "archives").iterdir()} - used)
             for digest in orphans:
                 # Renamed first: a reader finds the archive whole or not at all. Mappings of it stay valid.
                 with self._temporary() as temporary, suppress(FileNotFoundError):
                     os.rename(self._archive_directory(digest), temporary / "deleted")
+                (self.directory / "bases" / digest).unlink(missing_ok=True)
         return orphans
 
     def trust(self, archive: Archive) -> None:
@@ -217,6 +238,21 @@ class Registry:
             target.parent.mkdir(exist_ok=True)
             os.rename(archive.directory, target)
 
+    def _base_digest(self, digest: str) -> str:
+        try:
+            found = (self.directory / "bases" / digest).read_text()
+        except OSError:
+            return ""
+        return found if re.fullmatch("[0-9a-f]{64}", found) else ""
+
+    def _is_base(self, digest: str) -> bool:
+        return any(self._base_digest(path.name) == digest for path in (self.directory / "bases").glob("*"))
+
+    def _write_base(self, digest: str, base: str, temporary: Path) -> None:
+        (self.directory / "bases").mkdir(exist_ok=True)
+        write_file(temporary / "base", base.encode())
+        os.replace(temporary / "base", self.directory / "bases" / digest)
+
     def _is_complete(self, digest: str) -> bool:
         try:
             found = self.archive(digest)
@@ -250,7 +286,7 @@ class Registry:
         path.parent.mkdir(exist_ok=True)
         with self._temporary() as temporary:
             content = {"last": last, "versions": [asdict(version) for version in versions]}
-            (temporary / "names").write_text(json.dumps(content, indent=1))
+            write_file(temporary / "names", json.dumps(content, indent=1).encode())
             os.replace(temporary / "names", path)
 
     @contextmanager

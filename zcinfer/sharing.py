@@ -135,12 +135,15 @@ class Plasma:
 
     Attributes
     ----------
+    nbytes : int
+        Of the array.
     file : tuple of int or None
         Device and inode of the file that the array lies in.
     """
 
     def __init__(self, array: Bytes):
         self._array = array
+        self.nbytes = array.nbytes
         area = _area_of(array.ctypes.data)
         self.file = area[2:] if area is not None else None
         self._offset = area[1] + array.ctypes.data - area[0] if area is not None else 0  # of the array in the file

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import parse_qs
 
 from .archive import Archive
@@ -20,7 +20,7 @@ from .errors import ArchiveError
 from .registry import Registry
 
 # Models of which a file store remembers description and skeleton, some 100 kB each.
-_READ = 256
+_READ = 64
 
 
 def registry_of(url: str) -> Path:
@@ -73,6 +73,8 @@ class Fetched:
     skeleton : bytes
     buffer : numpy.ndarray
         uint8, writable; nobody else sees what is written to it.
+    base : numpy.ndarray or None
+        The same of another model, where storages of this one lie in its buffer.
     protection : str
         "copy-on-write" or "read-only" (a write ends this process).
     seconds : dict of str to float
@@ -84,6 +86,7 @@ class Fetched:
     buffer: Bytes
     protection: str
     seconds: dict[str, float]
+    base: Bytes | None = None
 
 
 class Store(Protocol):
@@ -119,6 +122,18 @@ class Store(Protocol):
         """Let go of what this process holds of the store."""
 
 
+class _Opened(NamedTuple):
+    """An archive that has been read, and that of the base which it shares storages with."""
+
+    archive: Archive
+    base: Archive | None
+    description: Description
+    skeleton: bytes
+
+    def map(self) -> tuple[Bytes, Bytes | None]:
+        return self.archive.weights(), self.base.weights() if self.base is not None else None
+
+
 class FileStore:
     """Memory-mapped archives: the page cache is the shared memory. Needs no service.
 
@@ -131,7 +146,7 @@ class FileStore:
     def __init__(self, directory: str | Path):
         self.registry = Registry(directory)
         # Descriptions and skeletons of the models fetched last: content under one digest never changes.
-        self._read: OrderedDict[str, tuple[Archive, bytes]] = OrderedDict()
+        self._read: OrderedDict[str, _Opened] = OrderedDict()
 
     @property
     def url(self) -> str:
@@ -147,20 +162,22 @@ class FileStore:
 
     def fetch(self, digest: str) -> Fetched:
         begin = perf_counter()
-        archive, skeleton = self._read.get(digest) or self._open(digest)
+        opened = self._read.get(digest) or self._open(digest)
         fetched = perf_counter()
         try:
-            buffer = archive.weights()
+            buffer, base = opened.map()
         except ArchiveError:
-            self._read.pop(digest, None)
-            archive, skeleton = self._open(digest)  # deleted, or published anew, since it was read
-            buffer = archive.weights()
+            opened = self._open(digest)  # deleted, or published anew, since it was read
+            buffer, base = opened.map()
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
-        return Fetched(archive.description, skeleton, buffer, "copy-on-write", seconds)
+        return Fetched(opened.description, opened.skeleton, buffer, "copy-on-write", seconds, base)
 
-    def _open(self, digest: str) -> tuple[Archive, bytes]:
+    def _open(self, digest: str) -> _Opened:
+        self._read.pop(digest, None)
         archive = self.registry.archive(digest)
-        opened = self._read[digest] = archive, archive.skeleton()
+        base = self.registry.base(digest)
+        description = archive.description.over(base.description, own=False) if base else archive.description
+        opened = self._read[digest] = _Opened(archive, base, description, archive.skeleton())
         while len(self._read) > _READ:
             self._read.popitem(last=False)
         return opened

@@ -18,7 +18,7 @@ _PAGE = 4096
 
 
 def view(
-    buffer: Any, description: Description, copy_small: bool
+    buffer: Any, description: Description, copy_small: bool, base: Any = None
 ) -> tuple[list[torch.Tensor], list[torch.UntypedStorage | None]]:
     """Tensors of the table as views of the buffer, and the storages that are not some tensor's alone.
 
@@ -27,6 +27,7 @@ def view(
     buffer : writable buffer of bytes
     description : Description
     copy_small : bool
+    base : writable buffer of bytes, optional
         As for `zcinfer.parts.join`.
 
     Returns
@@ -34,17 +35,18 @@ def view(
     tensors : list of torch.Tensor
     storages : list of torch.UntypedStorage or None
     """
-    storages: list[Any] = _storages(buffer, description, copy_small)
+    storages: list[Any] = _storages(buffer, description, copy_small, base)
     columns = description.columns
     # Never under inference_mode: such tensors cannot be trained, or cast, later.
     with torch.inference_mode(False):
         # NumPy makes an array over a place in a buffer, and torch a tensor over the array, in a fifth of the time that
         # torch.frombuffer and resize_ take.
         make: Any = np.ndarray
-        arrays = map(make, columns.sizes, columns.dtypes, repeat(buffer), columns.offsets)
+        buffers = repeat(buffer) if base is None else [base if elsewhere else buffer for elsewhere in columns.in_base]
+        arrays = map(make, columns.sizes, columns.dtypes, buffers, columns.offsets)
         tensors = list(map(torch.from_numpy, arrays))
         if copy_small or len(tensors) < len(description.tensors):
-            tensors = _complete(tensors, buffer, description, storages, copy_small)
+            tensors = _complete(tensors, buffer, description, storages, copy_small, base)
         for number in columns.parameters:
             tensors[number].__class__ = torch.nn.Parameter  # nn.Parameter() in its plain case, at a fifth of the time
         for number in columns.with_gradient:
@@ -53,7 +55,12 @@ def view(
 
 
 def _complete(
-    arrays: list[torch.Tensor], buffer: Any, description: Description, storages: list[Any], copy_small: bool
+    arrays: list[torch.Tensor],
+    buffer: Any,
+    description: Description,
+    storages: list[Any],
+    copy_small: bool,
+    base: Any,
 ) -> list[torch.Tensor]:
     """All tensors of the table in their order, given those of its columns."""
     found = dict(zip(description.columns.numbers, arrays, strict=True))
@@ -63,7 +70,8 @@ def _complete(
         tensor = found.get(number)
         if tensor is None and spec.whole:
             count = place.nbytes // dtype.itemsize
-            tensor = torch.frombuffer(buffer, dtype=dtype, count=count, offset=place.offset)
+            where = base if spec.storage in description.in_base else buffer
+            tensor = torch.frombuffer(where, dtype=dtype, count=count, offset=place.offset)
             if len(spec.size) != 1:
                 tensor.resize_(spec.size)
         elif tensor is None:
@@ -83,14 +91,15 @@ def view_fake(description: Description) -> list[torch.Tensor]:
     return tensors
 
 
-def _storages(buffer: Any, description: Description, copy_small: bool) -> list[torch.UntypedStorage | None]:
+def _storages(buffer: Any, description: Description, copy_small: bool, base: Any) -> list[torch.UntypedStorage | None]:
     storages: list[Any] = [None] * len(description.storages)
     own = {spec.storage for spec in description.tensors if spec.whole}
     for number, place in enumerate(description.storages):
         if number not in own:
             storage: Any = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
             if place.nbytes:
-                flat = torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
+                where = base if number in description.in_base else buffer
+                flat = torch.frombuffer(where, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
                 storage = flat.untyped_storage()
             storages[number] = storage.clone() if copy_small and place.nbytes < _PAGE else storage
     return storages
