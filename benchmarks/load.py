@@ -124,7 +124,7 @@ def serve(how: str, name: str, directory: str, connection: Any) -> None:
 def publish(name: str, directory: Path) -> dict[str, Any]:
     """One model in every form."""
     subject = SUBJECTS[name]
-    model = subject.build()
+    model: Any = subject.build()
     seconds: dict[str, list[float]] = {"torch.save": [], "zc.put": []}
     for number in range(5):
         begin = perf_counter()
@@ -176,7 +176,7 @@ def publish_variants(_: str, directory: Path) -> dict[str, Any]:
     """Many variants of one small model."""
     refs = []
     for number in range(VARIANTS):
-        model = small_bert(number)
+        model: Any = small_bert(number)
         model.save_pretrained(directory / str(number))
         refs.append(zc.put(model, f"variant-{number}"))
     return {"directory": str(directory), "refs": refs}

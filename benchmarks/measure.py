@@ -125,12 +125,14 @@ def bars(title: str, unit: str, values: Mapping[str, Mapping[str, float]]) -> An
     from bokeh.plotting import figure
 
     names = sorted(values, key=lambda name: values[name]["median"], reverse=True)
-    data = {key: [values[name][key] for name in names] for key in ("median", "low", "high")} | {"name": names}
+    data: dict[str, list[Any]] = {key: [values[name][key] for name in names] for key in ("median", "low", "high")}
+    data["name"] = names
     data["text"] = [f"{value:.3g}" for value in data["median"]]
     source = ColumnDataSource(data)
-    bottom = min(data["low"]) / 2
+    bottom = min(found["low"] for found in values.values()) / 2
+    top = max(found["high"] for found in values.values()) * 4
     plot = figure(
-        title=title, y_range=names, x_axis_type="log", x_range=(bottom, max(data["high"]) * 4),
+        title=title, y_range=names, x_axis_type="log", x_range=(bottom, top),
         width=900, height=60 + 30 * len(names), x_axis_label=unit, toolbar_location=None,
     )  # fmt: skip
     colours = ["#1f6f8b" if name.startswith("zcinfer") else "#b9c2c7" for name in names]

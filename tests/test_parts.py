@@ -14,7 +14,6 @@ import socket
 import sys
 import tempfile
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -851,16 +850,6 @@ def test_the_path_goes_down_to_the_culprit(
     model[2].bad = wrap(bad)
     with pytest.raises(SplitError, match=re.escape(f"Sequential.2.{path} (a {type(bad).__name__})")):
         split(model)
-
-
-def test_torchscript_is_refused_with_the_way_out() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit is on its way out
-        script = torch.jit.script(nn.Linear(2, 2))
-    with pytest.raises(SplitError, match=r"TorchScript.*publish the module it was compiled from"):
-        split(script)
-    with pytest.raises(SplitError, match=r"Sequential\.0"):
-        split(nn.Sequential(script))
 
 
 @pytest.mark.parametrize("thing", [3, None, nn.Linear, {"weight": torch.ones(2)}, "bert"])

@@ -1,4 +1,4 @@
-"""Which attribute of a model it is that cannot be taken apart: for messages."""
+"""Where in a model a thing is, and which attribute it is that cannot be taken apart: for messages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,42 @@ def blame(model: torch.nn.Module, error: Exception, attempt: Callable[[Any], obj
         return f"{type(model).__name__} nests too deeply for pickle: raise sys.setrecursionlimit before publishing"
     path, culprit = _deepest_failure(type(model).__name__, model, attempt, set())
     hint = "Remove it before publishing, or give its class a __getstate__ that leaves it out."
-    return f"{path} (a {type(culprit).__name__}) cannot be taken apart: {error}. {hint}"
+    return f"{path} ({_kind(culprit)}) cannot be taken apart: {error}. {hint}"
 
 
 def _deepest_failure(path: str, obj: Any, attempt: Callable[[Any], object], seen: set[int]) -> tuple[str, Any]:
     seen.add(id(obj))
+    for name, child in _children(path, obj):
+        if id(child) in seen:
+            continue
+        try:
+            attempt(child)
+        except Exception:
+            return _deepest_failure(name, child, attempt, seen)
+    return path, obj
+
+
+def place_of(wanted: Any, model: Any) -> str:
+    """Path of the first attribute that is ``wanted``, or its type alone where it lies deeper than attributes do."""
+    kind = _kind(wanted)
+    waiting, seen = [(type(model).__name__, model)], {id(model)}
+    while waiting:
+        path, obj = waiting.pop(0)
+        if obj is wanted:
+            return f"{path} ({kind})"
+        for name, child in _children(path, obj):
+            if id(child) not in seen:
+                seen.add(id(child))
+                waiting.append((name, child))
+    return kind
+
+
+def _kind(obj: Any) -> str:
+    name = type(obj).__name__
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
+
+
+def _children(path: str, obj: Any) -> list[tuple[str, Any]]:
     children: list[tuple[str, Any]] = []
     if isinstance(obj, torch.nn.Module):
         state = dict(vars(obj))
@@ -31,11 +62,4 @@ def _deepest_failure(path: str, obj: Any, attempt: Callable[[Any], object], seen
         children = [(f"{path}[{number}]", child) for number, child in enumerate(obj)]
     elif hasattr(obj, "__dict__") and not isinstance(obj, type):
         children = [(f"{path}.{name}", child) for name, child in vars(obj).items()]
-    for name, child in children:
-        if id(child) in seen:
-            continue
-        try:
-            attempt(child)
-        except Exception:
-            return _deepest_failure(name, child, attempt, seen)
-    return path, obj
+    return children

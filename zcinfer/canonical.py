@@ -29,6 +29,8 @@ import torch
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from .programs import is_program, program_digest
+
 try:  # It carries more than pickle does (views of dicts, for one), and what it carries counts.
     import cloudpickle
 except ImportError:
@@ -118,6 +120,8 @@ class Canonical:
             self._sequence("dict", [part for item in obj.items() for part in item])
         elif isinstance(obj, torch.Tensor) and is_plain(obj):
             self._tensor(obj)
+        elif is_program(obj):
+            self._emit("program", program_digest(obj))
         elif isinstance(obj, torch.storage.TypedStorage):
             self._emit("typed-storage", str(obj.dtype).encode())
             self._storage(obj._untyped_storage)

@@ -183,7 +183,8 @@ def models() -> pd.DataFrame:
     pandas.DataFrame
         Columns name, version, nbytes (bytes of weights), tensors (number), shared and private (bytes that all
         readers have in common, and that each has for itself), own and base (of the shared bytes those that no other
-        model has, and those that lie in the base's memory), class, created, digest. Models whose archive is damaged
+        model has, and those that lie in the base's memory), why (what of the model cannot be shared), class, created,
+        digest. Models whose archive is damaged
         have ``nbytes`` 0 and the reason as ``class``.
 
     Examples
@@ -201,13 +202,27 @@ def models() -> pd.DataFrame:
     for version in found.versions():
         try:
             described, base = found.archive(version.digest).description, found.base(version.digest)
-            nbytes, private = described.nbytes, described.skeleton_nbytes
+            nbytes, private = described.nbytes, described.private_nbytes
+            why = "; ".join(what for what, _ in described.private)
             own = described.over(base.description).nbytes if base is not None else nbytes
-            sizes = (nbytes, len(described.tensors), nbytes, private, own, nbytes - own, described.class_name)
+            sizes = (nbytes, len(described.tensors), nbytes, private, own, nbytes - own, why, described.class_name)
         except ZcinferError as error:
-            sizes = (0, 0, 0, 0, 0, 0, f"damaged: {error}")
+            sizes = (0, 0, 0, 0, 0, 0, "", f"damaged: {error}")
         rows.append((version.name, version.version, *sizes, version.created, version.digest))
-    columns = ["name", "version", "nbytes", "tensors", "shared", "private", "own", "base", "class", "created", "digest"]
+    columns = [
+        "name",
+        "version",
+        "nbytes",
+        "tensors",
+        "shared",
+        "private",
+        "own",
+        "base",
+        "why",
+        "class",
+        "created",
+        "digest",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -80,7 +80,7 @@ def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bo
     if as_json:
         click.echo(json.dumps(asdict(ref)))
     else:
-        private = catalog.archive(ref).description.skeleton_nbytes
+        private = catalog.archive(ref).description.private_nbytes
         click.echo(f"{ref}  {_size(ref.nbytes)} shared, {_size(private)} private  {ref.digest[:12]}")
 
 
@@ -102,7 +102,7 @@ def ls(as_json: bool) -> None:
         table["digest"] = table["digest"].str[:12]
         table["class"] = table["class"].str.rpartition(".")[2].where(table["nbytes"] > 0, table["class"])
         table["created"] = table["created"].str[:16].str.replace("T", " ")
-        click.echo(table.drop(columns=["nbytes", "tensors", "base"]).to_string(index=False))
+        click.echo(table.drop(columns=["nbytes", "tensors", "base", "why"]).to_string(index=False))
 
 
 @main.command()
@@ -123,7 +123,8 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         "class": description.class_name,
         "digest": description.digest,
         "shared bytes": description.nbytes,
-        "private bytes": description.skeleton_nbytes,
+        "private bytes": description.private_nbytes,
+        "private": [f"{what}, {nbytes:,} bytes" for what, nbytes in description.private],
         "tensors": len(description.tensors),
         "storages": len(description.storages),
         "dtype": description.dtype,
@@ -136,6 +137,8 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         click.echo(json.dumps(facts))
     else:
         facts["verified"] = "contents agree with their digests" if verify else "not compared (--verify)"
+        held = (f"{what}, {nbytes:,} bytes" for what, nbytes in description.private)
+        facts["private"] = "; ".join(held) or "the skeleton alone"
         facts["needs"] = ", ".join(f"{name} {version}".strip() for name, version in description.requires.items())
         for name, value in facts.items():
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value

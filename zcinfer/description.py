@@ -113,6 +113,8 @@ class Description:
         Floating dtype of the first parameter that has one ("float32"), or "".
     requires : dict of str to str
         Top-level package of each class and function in the skeleton, and its version where it has one.
+    private : tuple of (str, int)
+        What of the model no reader can share, and its bytes: each process holds them for itself.
     in_base : tuple of int
         Numbers of the storages that lie in another model's buffer; none in an archive.
     """
@@ -127,6 +129,7 @@ class Description:
     training: tuple[str, ...]
     dtype: str
     requires: dict[str, str]
+    private: tuple[tuple[str, int], ...] = ()
     in_base: tuple[int, ...] = ()
 
     @cached_property
@@ -175,6 +178,11 @@ class Description:
         return replace(self, storages=tuple(storages), nbytes=nbytes, in_base=tuple(sorted(in_base)))
 
     @property
+    def private_nbytes(self) -> int:
+        """Bytes that each process holds for itself: the skeleton, and what of the model cannot be shared."""
+        return max(self.skeleton_nbytes, sum(nbytes for _, nbytes in self.private))
+
+    @property
     def nbytes_in_base(self) -> int:
         """Bytes of the storages that lie in another model's buffer."""
         return sum(self.storages[number].nbytes for number in self.in_base)
@@ -192,6 +200,7 @@ class Description:
                     "storages": tuple(storages),
                     "training": tuple(value["training"]),
                     "requires": dict(value["requires"]),
+                    "private": tuple((str(what), int(nbytes)) for what, nbytes in value["private"]),
                     "in_base": tuple(value["in_base"]),
                 }
             )

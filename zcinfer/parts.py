@@ -19,9 +19,10 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils.hooks import RemovableHandle
 
-from .blame import blame
+from .blame import blame, place_of
 from .canonical import HOOKS, Canonical, storage_key
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ModelCodeMissing, ModelError, SplitError
@@ -58,13 +59,14 @@ class Parts:
             yield bytes(self.description.nbytes - position)
 
 
-def split(model: torch.nn.Module, advance: Callable[[int], object] = int) -> Parts:
+def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], object] = int) -> Parts:
     """Take a module apart into a skeleton, a table and the bytes of its storages.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        On any device; it is not changed. Gradients are left out, as pickle leaves them out.
+    model : torch.nn.Module or torch.export.ExportedProgram
+        On any device; it is not changed. Gradients are left out, as pickle leaves them out. What pickle cannot carry
+        (TorchScript, exported programs) is carried as torch's own bytes.
     advance : callable, optional
         Called with numbers of bytes as they are read; their sum is that of all storages.
 
@@ -84,16 +86,14 @@ def split(model: torch.nn.Module, advance: Callable[[int], object] = int) -> Par
     >>> [t.size for t in parts.description.tensors]
     [(3, 2), (3,)]
     """
+    whole: Any = model
+    if isinstance(model, ExportedProgram):
+        model = whole.module()  # only looked at: the program is carried as it is
     if not isinstance(model, torch.nn.Module):
         raise SplitError(f"a model must be a torch.nn.Module, found {type(model).__name__!r}: pass the module itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise SplitError(
-            f"{type(model).__name__} is compiled TorchScript, which pickle cannot carry: publish the module it was "
-            "compiled from"
-        )
     taken = Taken()
     try:
-        skeleton = dump((model, _last_hook(model)), taken)
+        skeleton = dump((whole, _last_hook(model)), taken)
     except Exception as error:
         raise SplitError(blame(model, error, lambda part: dump(part, Taken()))) from error
 
@@ -106,7 +106,7 @@ def split(model: torch.nn.Module, advance: Callable[[int], object] = int) -> Par
 
     canonical = Canonical(storage_digest)
     try:
-        canonical.add(model)
+        canonical.add(whole)
     except Exception as error:
         raise SplitError(blame(model, error, lambda part: Canonical(storage_digest).add(part))) from error
 
@@ -117,15 +117,17 @@ def split(model: torch.nn.Module, advance: Callable[[int], object] = int) -> Par
         position += -(-source.nbytes // ALIGNMENT) * ALIGNMENT
     description = Description(
         digest=canonical.hexdigest(),
-        class_name=f"{type(model).__module__}.{type(model).__qualname__}",
+        class_name=f"{type(whole).__module__}.{type(whole).__qualname__}",
         tensors=taken.table(),
         storages=tuple(storages),
         nbytes=position + TAIL,
         skeleton_sha256=hashlib.sha256(skeleton).hexdigest(),
         skeleton_nbytes=len(skeleton),
-        training=tuple(name for name, module in model.named_modules() if module.training),
+        # An exported program has no modes.
+        training=tuple(name for name, module in model.named_modules() if module.training) if whole is model else (),
         dtype=_floating_dtype(model),
         requires={package: _version(package) for package in sorted(canonical.packages - sys.stdlib_module_names)},
+        private=tuple((place_of(obj, whole), nbytes) for obj, nbytes in taken.private),
     )
     return Parts(description, skeleton, sources)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from . import catalog
@@ -21,12 +22,9 @@ from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
 
-# Bytes that each process would hold for itself, above which `put` says so.
-_MUCH_PRIVATE = 1_000_000
-
 
 def put(
-    model: torch.nn.Module | str | Path,
+    model: torch.nn.Module | ExportedProgram | str | Path,
     name: str | None = None,
     *,
     base: str | ModelRef | None = None,
@@ -37,8 +35,9 @@ def put(
 
     Parameters
     ----------
-    model : torch.nn.Module or path
-        A module (it is not changed), or the directory of an archive that `save` wrote.
+    model : torch.nn.Module, torch.export.ExportedProgram or path
+        A module (it is not changed), a program (what is loaded is its module), or the directory of an archive that
+        `save` wrote.
     name : str, optional
         Default: the class's name in lower case, or the archive directory's.
     base : str or ModelRef, optional
@@ -100,14 +99,22 @@ def put(
 
 
 def _warn_of_private(name: str, described: Description) -> None:
-    if described.skeleton_nbytes > _MUCH_PRIVATE:
+    """Say what each process will hold for itself, and why."""
+    if described.private:
+        listed = "; ".join(f"{what}: {_size(nbytes)}" for what, nbytes in described.private[:5])
         log.warning(
-            "%s: %.1f MB are shared, but %.1f MB are private to each process that loads it: what is no tensor (NumPy "
-            "arrays, text, caches) stays in the skeleton. Make arrays buffers (register_buffer) to have them shared.",
+            "%s: %s are shared, but every process that loads it holds %s for itself, which are no tensors and no plain "
+            "arrays: %s%s",
             name,
-            described.nbytes / 1e6,
-            described.skeleton_nbytes / 1e6,
+            _size(described.nbytes),
+            _size(described.private_nbytes),
+            listed,
+            "; ..." if len(described.private) > 5 else "",
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
 
 
 def _shared_with(name: str, described: Description, base: ModelRef | None) -> tuple[int, str | None]:

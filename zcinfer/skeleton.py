@@ -10,15 +10,19 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch.export import ExportedProgram
 from torch.nn import Module
 
 from .canonical import is_plain, reduce_refused, storage_key
 from .description import BUFFER_DTYPES, TensorSpec
+from .programs import is_program, load_exported, load_script, program_bytes
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
     from cloudpickle import Pickler as _BasePickler
@@ -43,6 +47,7 @@ class Taken:
         self.specs: list[TensorSpec] = []
         self.tensors: list[torch.Tensor] = []  # keeps ids valid
         self.storages: list[torch.UntypedStorage] = []
+        self.private: list[tuple[Any, int]] = []  # what each process holds for itself, and its bytes
         self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
         self._tensor_index: dict[int, int] = {}
         self._storage_index: dict[tuple[Any, ...], int] = {}
@@ -98,8 +103,9 @@ def load(skeleton: bytes, tensors: Sequence[torch.Tensor], storages: Sequence[An
     unpickler: Any = pickle.Unpickler(io.BytesIO(skeleton))
     table = _Table(enumerate(tensors, len(_FUNCTIONS)))
     table.storages = storages
-    adopt_tensor = _ADOPT_TENSOR if storages is not None else _update_fake
-    table.update(enumerate((_ADOPT, adopt_tensor, tensors.__getitem__)))
+    fake = storages is None
+    adopt_tensor, array = (_update_fake, _array_fake) if fake else (_ADOPT_TENSOR, _array)
+    table.update(enumerate((_ADOPT, adopt_tensor, tensors.__getitem__, array)))
     unpickler.persistent_load = table.__getitem__
     return unpickler.load()
 
@@ -113,10 +119,42 @@ def _update_fake(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
     tensor.__dict__.update(attributes)  # where a fake tensor has attributes of its own
 
 
-# Functions in C that a skeleton calls, by their numbers in it; tensors have the numbers that follow.
+def _reduced_array(array: np.ndarray[Any, Any]) -> Any:
+    """How to pickle an array as a view of shared bytes; None for those that are no plain block of numbers."""
+    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
+    if type(array) is not np.ndarray or array.dtype.hasobject or not (fortran or array.flags.c_contiguous):
+        return None
+    flat = array.ravel(order="K").view(np.uint8)  # no copy
+    return _array, (_bytes_tensor(flat), array.dtype, array.shape, "F" if fortran else "C", array.flags.writeable)
+
+
+def _bytes_tensor(flat: np.ndarray[Any, Any]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that are not writable
+        return torch.from_numpy(flat)
+
+
+def _array(flat: torch.Tensor, dtype: Any, shape: tuple[int, ...], order: Any, writable: bool) -> Any:
+    """The array over these bytes (uint8)."""
+    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, flat.numpy(), order=order)
+    array.flags.writeable = writable
+    return array
+
+
+def _array_fake(_: torch.Tensor, dtype: Any, shape: tuple[int, ...], order: Any, writable: bool) -> Any:
+    array = np.zeros(shape, dtype, order=order)
+    array.flags.writeable = writable
+    return array
+
+
+# Functions that a skeleton calls, by their numbers in it (most are C's); tensors have the numbers that follow.
 _ADOPT = vars(Module)["__dict__"].__set__  # module.__dict__ = state
 _ADOPT_TENSOR = vars(torch.Tensor)["__dict__"].__set__
-_FUNCTIONS = {id(_ADOPT): 0, id(_ADOPT_TENSOR): 1, id(_tensor): 2}
+_FUNCTIONS = {id(_ADOPT): 0, id(_ADOPT_TENSOR): 1, id(_tensor): 2, id(_array): 3}
+
+# Bytes above which it is told that every process holds a thing for itself.
+PRIVATE = 4096
+_PRIVATE = frozenset((bytes, bytearray, str))
 
 
 class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
@@ -131,9 +169,20 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
             return self._taken.storage(obj._untyped_storage), str(obj.dtype).removeprefix("torch.")
         if isinstance(obj, torch.UntypedStorage):
             return self._taken.storage(obj), ""
+        if type(obj) in _PRIVATE and len(obj) > PRIVATE:
+            self._taken.private.append((obj, len(obj)))
         return _FUNCTIONS.get(id(obj))
 
     def reducer_override(self, obj: Any) -> Any:
+        if is_program(obj):
+            content = np.frombuffer(program_bytes(obj), np.uint8)
+            self._taken.private.append((obj, content.nbytes))
+            return load_exported if isinstance(obj, ExportedProgram) else load_script, (_bytes_tensor(content),)
+        if isinstance(obj, np.ndarray) and obj.nbytes > PRIVATE:
+            shared = _reduced_array(obj)
+            if shared is not None:
+                return shared
+            self._taken.private.append((obj, obj.nbytes))
         if isinstance(obj, torch.Tensor) and is_plain(obj):
             # Attributes that somebody has set on it, as `from_pretrained` does on each.
             return _tensor, (self._taken.tensor(obj),), obj.__dict__, None, None, _ADOPT_TENSOR
