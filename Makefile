@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo test bench-load lint types check format ci constraints clean help
+.PHONY: demo test test-slow bench-load lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -34,6 +34,9 @@ demo: $(VENV)/.demo ## a real model over real text, on two workers that share on
 test: lint types ## lint, types and all tests
 	@exec $(BIN)/python -m pytest -q $(ARGS)
 
+test-slow: $(VENV)/.test ## the tests that take minutes: tiny models of hundreds of architectures
+	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
+
 bench-load: $(VENV)/.bench ## how long models take to load, beside all other ways; writes benchmarks/results
 	@exec $(BIN)/python -m benchmarks.load $(ARGS)
 
@@ -50,7 +53,7 @@ format: $(VENV)/.test ## put the source into ruff's format
 	@$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ci: ## what CI runs: test, then demo --quick
+ci: ## what CI runs: test, test-slow, then demo --quick
 	+@.ci/run
 
 constraints: $(VENV)/.venv ## rewrite constraints.txt: the versions that a fresh install takes today

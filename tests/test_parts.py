@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import ctypes
 import dataclasses
 import functools
@@ -763,7 +764,7 @@ LARGE = torch.zeros(200, 200)
     [
         pytest.param(lambda: LARGE, id="attribute"),
         pytest.param(lambda: [(LARGE,)], id="list"),
-        pytest.param(lambda: lambda x: x + LARGE, id="global of a lambda"),
+        pytest.param(lambda: eval("lambda x: x + LARGE", {"LARGE": LARGE}), id="global of a lambda"),
         pytest.param(lambda: (lambda large: lambda x: x + large)(LARGE), id="closure"),
         pytest.param(lambda: functools.partial(torch.add, LARGE), id="partial"),
         pytest.param(lambda: LARGE.add, id="method"),
@@ -957,3 +958,32 @@ def test_modules_and_hook_tables_are_each_their_own() -> None:
     assert calls == ["first", "second"]
     tables = [id(value) for module in model.modules() for value in vars(module).values() if isinstance(value, dict)]
     assert len(tables) == len(set(tables))
+
+
+STATE = {"calls": 0}
+CONTEXT = contextvars.ContextVar("context", default=0)  # which no pickle carries
+
+
+def test_a_local_function_keeps_the_globals_of_its_module() -> None:
+    model = nn.Linear(2, 2)
+
+    def hook(*_: Any) -> None:
+        STATE["calls"] += 1 + CONTEXT.get()
+
+    model.register_forward_hook(hook)
+    before = STATE["calls"]
+    round_trip(model)(torch.ones(1, 2))
+    assert STATE["calls"] == before + 1
+
+
+def test_a_transformers_model_that_was_called_comes_back() -> None:
+    from transformers import BertConfig, BertModel
+
+    model = BertModel(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    ).eval()
+    tokens = torch.tensor([[1, 2, 3]])
+    expected = model(tokens, output_hidden_states=True).hidden_states  # leaves hooks behind
+    found = round_trip(model)(tokens, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == 3
+    assert all(map(torch.equal, found, expected))

@@ -245,6 +245,10 @@ class Canonical:
         self._emit("code", code_digest(function.__code__))
         for part in (function.__defaults__, function.__kwdefaults__, function.__closure__, function.__dict__):
             self.add(part)
+        home = home_of(function)
+        if home is not None:
+            self._reference("globals", home.__name__)
+            return
         for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
             self._emit("global", name.encode())
             self.add(function.__globals__[name])
@@ -363,16 +367,30 @@ def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:
 def is_importable(obj: Any) -> bool:
     """Whether another process finds ``obj`` by importing its module (else it must travel by value)."""
     module = getattr(obj, "__module__", None)
-    if module is None or module == "__main__" or module not in sys.modules:
-        return False
-    if cloudpickle is not None and any(
-        f"{module}.".startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value()
-    ):
+    if module is None or module not in sys.modules or not _by_reference(module):
         return False
     found: Any = sys.modules[module]
     for name in obj.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is obj
+
+
+def home_of(function: types.FunctionType) -> types.ModuleType | None:
+    """The importable module whose globals a function uses; None: they travel with the function, by value.
+
+    A function made within one of the module's shares state with it through them, as hooks of transformers do.
+    """
+    module = sys.modules.get(function.__module__ or "")
+    if module is None or vars(module) is not function.__globals__ or getattr(module, "__spec__", None) is None:
+        return None
+    return module if _by_reference(module.__name__) else None
+
+
+def _by_reference(module: str) -> bool:
+    return module != "__main__" and not (
+        cloudpickle is not None
+        and any(f"{module}.".startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value())
+    )
 
 
 @functools.cache

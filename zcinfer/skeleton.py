@@ -13,6 +13,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn import Module
 
-from .canonical import is_plain, reduce_refused, storage_key
+from .canonical import home_of, is_plain, reduce_refused, storage_key
 from .description import BUFFER_DTYPES, TensorSpec
 from .programs import is_program, load_exported, load_script, program_bytes
 
@@ -194,7 +195,29 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
         if reduced is not None:
             return reduced
         override = getattr(super(), "reducer_override", None)
-        return override(obj) if override is not None else NotImplemented
+        reduced = override(obj) if override is not None else NotImplemented
+        if type(obj) is FunctionType and isinstance(reduced, tuple):
+            return _with_globals_of_its_module(obj, reduced)
+        return reduced
+
+
+class _Globals:
+    """The globals of an importable module, and not copies of some."""
+
+    def __init__(self, module: ModuleType):
+        self._module = module
+
+    def __reduce__(self) -> Any:
+        return vars, (self._module,)
+
+
+def _with_globals_of_its_module(function: FunctionType, reduced: Any) -> Any:
+    """What cloudpickle makes of a function that travels by value, with the globals that it has."""
+    home = home_of(function)
+    if home is None:
+        return reduced
+    make, (code, _, *others), (attributes, slots), *rest = reduced
+    return make, (code, _Globals(home), *others), (attributes, slots | {"__globals__": {}}), *rest
 
 
 def _reduced_plainly(module: Module) -> Any:
