@@ -209,9 +209,10 @@ def run(
     from .jobs import Job
 
     _see_here()
-    store = store or str(config.get("store"))
+    if store is None and catalog.current() is None:
+        store = str(config.get("store"))
+    ray = store is not None and store.partition(":")[0] == "ray"
     # All that can be refused is refused before workers and Ray are started; for that the registry is enough.
-    ray = store.partition(":")[0] == "ray"
     catalog.connect("file" if ray else store)
     job = Job(
         model,
