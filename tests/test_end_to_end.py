@@ -149,8 +149,10 @@ def after_line(text: str) -> Callable[[subprocess.Popen[str]], None]:
     [
         (signal.SIGKILL, "start the store"),
         (signal.SIGKILL, "publish the model"),
-        (signal.SIGTERM, "load the model on each"),
-        (signal.SIGINT, "load the model on each"),
+        (signal.SIGTERM, "publish the model"),
+        # Late in the demo, when everything runs.
+        pytest.param(signal.SIGTERM, "load the model on each", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "load the model on each", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_demo_leaves_nothing(world: World, number: signal.Signals, moment: str) -> None:
