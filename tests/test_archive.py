@@ -486,3 +486,19 @@ def test_a_huge_header_allocates_nothing(directory: Path) -> None:
 
 def test_the_seal_is_of_the_description(directory: Path) -> None:
     assert Archive(directory).seal == hashlib.sha256((directory / DESCRIPTION).read_bytes()).hexdigest()
+
+
+def test_a_description_that_forges_its_stamp_reaches_nothing_outside(directory: Path) -> None:
+    """Who can write both can have code run anyway (the skeleton); but not by accident, and no memory is read."""
+    value = json.loads((directory / DESCRIPTION).read_bytes())
+    whole = next(row for row in value["tensors"] if row[7])
+    whole[3] = [1 << 40, *whole[3][1:]]
+    (directory / DESCRIPTION).write_text(json.dumps(value, indent=1))
+    stamp = json.loads((directory / VERIFIED).read_bytes())
+    stamp[0] = hashlib.sha256((directory / DESCRIPTION).read_bytes()).hexdigest()
+    (directory / VERIFIED).write_text(json.dumps(stamp))
+    archive = Archive(directory)
+    with pytest.raises(ArchiveError, match="does not fit its weights"):
+        join(archive.skeleton(), archive.description, archive.weights())
+    with pytest.raises(ArchiveError, match="malformed"):
+        archive.verify()

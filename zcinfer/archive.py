@@ -58,7 +58,6 @@ class Archive:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._checked: list[int | str] = []
         try:
             text = (directory / DESCRIPTION).read_bytes()
             with open(directory / WEIGHTS, "rb") as file:
@@ -67,11 +66,14 @@ class Archive:
         except OSError as error:
             raise ArchiveError(f"{directory} is not a complete archive of a model: {error}") from error
         self.seal = hashlib.sha256(text).hexdigest()
+        # What was written or compared before need not be looked through again.
+        stamp = self._stamp()
+        self._checked = stamp if stamp == _read_json(directory / VERIFIED) else None
         try:
             value = json.loads(text)
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
                 raise ArchiveError(f"it is not of format {FORMAT}, the one that this version reads")
-            self.description = Description.from_json(value)
+            self.description = Description.from_json(value, check=self._checked is None)
         except (ArchiveError, ValueError, RecursionError) as error:
             raise ArchiveError(
                 f"{directory / DESCRIPTION} is truncated or altered: {error}. Publish the model again."
@@ -128,8 +130,7 @@ class Archive:
         """
         stamp = self._stamp()
         if stamp != self._checked:
-            if stamp != _read_json(self.directory / VERIFIED):
-                self.verify()
+            self.verify()
             self._checked = stamp
 
     def verify(self) -> None:
@@ -140,6 +141,7 @@ class Archive:
         ArchiveError
             Naming the file, and the storages that differ.
         """
+        self.description.check()
         self.skeleton()
         stamp = self._stamp()
         with open(self.directory / WEIGHTS, "rb") as file:

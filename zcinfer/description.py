@@ -188,8 +188,8 @@ class Description:
         return sum(self.storages[number].nbytes for number in self.in_base)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Description:
-        """Inverse of ``dataclasses.asdict`` over JSON; refuses tables that do not fit their buffer."""
+    def from_json(cls, value: dict[str, Any], check: bool = True) -> Description:
+        """Inverse of ``dataclasses.asdict`` over JSON; checked unless it was before."""
         try:
             tensors = (TensorSpec(t[0], t[1], t[2], tuple(t[3]), tuple(t[4]), *t[5:]) for t in value["tensors"])
             storages = (StorageSpec(*s) for s in value["storages"])
@@ -204,10 +204,23 @@ class Description:
                     "in_base": tuple(value["in_base"]),
                 }
             )
-            _check(described)
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise ArchiveError(f"the description of the model is malformed: {error}") from error
+        if check:
+            described.check()
         return described
+
+    def check(self) -> None:
+        """Refuse a table that does not fit its buffer, or has other types than the above.
+
+        Raises
+        ------
+        ArchiveError
+        """
+        try:
+            _check(self)
+        except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
+            raise ArchiveError(f"the description of the model is malformed: {error}") from error
 
 
 def _check(description: Description) -> None:

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from .blame import blame, place_of
 from .canonical import HOOKS, Canonical, storage_key
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
-from .errors import ModelCodeMissing, ModelError, SplitError
+from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
 from .skeleton import Taken, dump, load
 from .views import view, view_fake
 
@@ -162,6 +162,8 @@ def join(
         A class of the model cannot be imported here; the message names the package.
     ModelError
         The model's own code refuses to be put together.
+    ArchiveError
+        The table reaches beyond the buffer.
 
     Examples
     --------
@@ -171,13 +173,27 @@ def join(
     >>> torch.equal(join(parts.skeleton, parts.description, buffer).weight, layer.weight)
     True
     """
-    tensors, storages = view(buffer, description, copy_small, base)
+    try:
+        tensors, storages = view(buffer, description, copy_small, base)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ArchiveError(
+            f"the table of {description.class_name} does not fit its weights: {error}. Publish the model again."
+        ) from error
     return _joined(skeleton, description, tensors, storages)
 
 
 def join_fake(skeleton: bytes, description: Description) -> torch.nn.Module:
     """Put a module together without weights; call under ``FakeTensorMode`` and throw the module away after use."""
     return _joined(skeleton, description, view_fake(description), None)
+
+
+def warm_up() -> None:
+    """Split and join a small module: what a process pays for its first load, and for no other, is paid here.
+
+    Two milliseconds: torch's code that is not in the page tables yet, memory that is nobody's alone yet.
+    """
+    parts = split(torch.nn.Sequential(*(torch.nn.LayerNorm(8) for _ in range(20))))
+    join(parts.skeleton, parts.description, bytearray(b"".join(parts.pieces())))
 
 
 def _joined(

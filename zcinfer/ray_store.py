@@ -15,6 +15,7 @@ import os
 import pickle
 import select
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -191,6 +192,10 @@ class RayStore:
         except BaseException:
             self._session.leave(self._timeout)
             raise
+        if "torch" in sys.modules:  # a reader, and not a program that lists or deletes
+            from .parts import warm_up
+
+            warm_up()
         self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         if raylet is not None:
             with contextlib.suppress(ProcessLookupError):
