@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from zcinfer.description import TAIL
 from zcinfer.errors import ModelNotFound
 from zcinfer.parts import join, split
 from zcinfer.store import Store
+
+# Other processes find the classes here.
+WITH_TESTS = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
 
 
 class Net(nn.Module):
@@ -197,6 +201,54 @@ def test_a_base_that_is_damaged_costs_memory_only(store: Store) -> None:
     base = catalog.resolve("base").digest
     (store.registry.directory / "archives" / base / "description.json").write_text("{")
     assert same(loading.load_ref(catalog.resolve("variant")), fine_tuned())
+
+
+@pytest.mark.parametrize("connected", ["file"], indirect=True)
+def test_a_base_whose_weights_are_altered_costs_memory_only(store: Store) -> None:
+    zc.put(fine_tuned(), "variant", base="base")
+    weights = store.registry.directory / "archives" / catalog.resolve("base").digest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[4096:8192] = bytes(4096)
+    weights.write_bytes(content)
+    assert same(loading.load_ref(catalog.resolve("variant")), fine_tuned())
+
+
+def test_a_damaged_note_of_the_base_costs_memory_only(store: Store) -> None:
+    ref = zc.put(fine_tuned(), "variant", base="base")
+    (store.registry.directory / "bases" / ref.digest).write_bytes(b"\xff\xfe")
+    assert set(zc.models()["name"]) == {"base", "variant"}
+    assert same(zc.load("variant"), fine_tuned())
+
+
+def test_a_model_is_no_base_of_itself(store: Store) -> None:
+    zc.put(Net().eval(), "same", base="base")
+    assert zc.models().set_index("name").loc["same", "base"] == 0
+    assert same(zc.load("same"), Net().eval())
+
+
+OTHER_PROGRAM = """
+import copy, sys, torch, zcinfer as zc
+from zcinfer import catalog
+catalog.connect("file:" + sys.argv[1])
+model = zc.load("middle")
+zc.delete("middle")
+zc.put(model, "middle")
+"""
+
+
+def test_a_base_that_was_a_variant_when_it_was_stored(store: Store) -> None:
+    """The store then has only a part of it as its own."""
+    zc.put(fine_tuned(1), "middle", base="base")
+    zc.load("middle")
+    directory = store.registry.directory
+    subprocess.run([sys.executable, "-c", OTHER_PROGRAM, str(directory)], env=WITH_TESTS, check=True)
+    last = fine_tuned(1)
+    nn.init.ones_(last.head.bias)
+    zc.put(last, "last", base="middle")
+    expected = fine_tuned(1)
+    nn.init.ones_(expected.head.bias)
+    assert same(zc.load("last"), expected)
+    assert same(zc.load("middle"), fine_tuned(1))
 
 
 READER = """

@@ -124,6 +124,69 @@ def test_weights_code_and_constants_make_another_program() -> None:
     assert len(set(digests)) == len(digests)
 
 
+def test_a_retrained_exported_program_is_another(registry: Path) -> None:
+    retrained = net()
+    with torch.no_grad():
+        retrained[0].weight += 1  # type: ignore[index, operator]
+    versions = [zc.put(torch.export.export(model, (x(),)), "exported") for model in (net(), retrained)]
+    assert [ref.version for ref in versions] == [1, 2]
+    with torch.no_grad():
+        assert torch.equal(zc.load("exported")(x()), retrained(x()))
+
+
+class Two(nn.Module):
+    """Two submodules of one class, with other constants."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.first(x), self.second(x)], 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: nn.LeakyReLU(n / 10),
+        lambda n: nn.MaxPool1d(n),
+        lambda n: nn.Dropout(n / 10),
+        lambda n: nn.ELU(float(n)),
+    ],
+    ids=["LeakyReLU", "MaxPool1d", "Dropout", "ELU"],
+)
+def test_swapped_submodules_make_another_program(make: Any) -> None:
+    one, other = (torch.jit.script(Two(make(a), make(b)).eval()) for a, b in ((1, 5), (5, 1)))
+    assert program_digest(one) != program_digest(other)
+    assert program_digest(one) == program_digest(torch.jit.script(Two(make(1), make(5)).eval()))
+
+
+def test_a_program_tied_to_the_rest_is_refused() -> None:
+    model = nn.Module()
+    model.head = nn.Linear(3, 3)
+    model.script = torch.jit.script(model.head)
+    with pytest.raises(zc.errors.SplitError, match=r"Module\.script .*shares tensors with the rest"):
+        split(model)
+
+
+def test_an_attribute_that_torch_would_lose_is_refused() -> None:
+    script = scripted()
+    script.note = "hi"
+    with pytest.raises(zc.errors.SplitError, match=r"has the attribute .note"):
+        split(script)
+
+
+def test_a_program_goes_out_to_an_archive_and_comes_back(registry: Path, tmp_path: Path) -> None:
+    program = torch.export.export(net(), (x(),))
+    ref = zc.put(program, "exported")
+    zc.save("exported", tmp_path / "by-name")
+    zc.save(program, tmp_path / "itself")
+    for place in ("by-name", "itself"):
+        assert zc.put(tmp_path / place, "again").digest == ref.digest
+    with torch.no_grad():
+        assert torch.equal(zc.load("again")(x()), net()(x()))
+
+
 # NumPy arrays
 
 
@@ -196,6 +259,16 @@ def test_a_tensor_over_an_array_stays_over_it(registry: Path) -> None:
     loaded: Any = zc.load("arrays")
     loaded.table[0] = 7
     assert loaded.view[0] == 7
+
+
+def test_arrays_that_are_one_memory_make_another_model_than_two(registry: Path) -> None:
+    array = np.ones(5000)
+    one = zc.put(Arrays(table=array, view=array[:]), "one")
+    two = zc.put(Arrays(table=array.copy(), view=array.copy()), "two")
+    assert one.digest != two.digest
+    loaded: Any = zc.load("two")
+    loaded.table[0] = 7
+    assert loaded.view[0] == 1
 
 
 def test_an_array_is_not_in_private_memory(registry: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from processes import wait_until
 from torch import nn
 
-from zcinfer.archive import DESCRIPTION, SKELETON, WEIGHTS, Archive
+from zcinfer.archive import DESCRIPTION, SKELETON, WEIGHTS, Archive, write_archive
 from zcinfer.errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
 from zcinfer.parts import Parts, join, split
 from zcinfer.registry import Registry
@@ -352,7 +352,7 @@ def test_an_add_that_fails_leaves_nothing(registry: Registry) -> None:
 
 def test_a_save_that_fails_leaves_nothing(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shorter"):
-        registry.save(failing(A), tmp_path / "saved" / "archive")
+        registry.save(partial(write_archive, failing(A)), tmp_path / "saved" / "archive")
     assert os.listdir(tmp_path / "saved") == []
 
 
@@ -370,7 +370,7 @@ def test_a_model_that_is_there_needs_no_room(registry: Registry) -> None:
 
 @pytest.fixture
 def saved(registry: Registry, tmp_path: Path) -> Path:
-    return registry.save(A, tmp_path / "elsewhere" / "archive").directory
+    return registry.save(partial(write_archive, A), tmp_path / "elsewhere" / "archive").directory
 
 
 def test_what_this_user_saved_opens(registry: Registry, saved: Path) -> None:
@@ -438,7 +438,7 @@ def test_changed_weights_are_refused_whatever_the_stamp_says(registry: Registry,
 def test_saving_over_something_is_refused(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(SettingsError, match="exists"):
-        registry.save(A, tmp_path / "there")
+        registry.save(partial(write_archive, A), tmp_path / "there")
 
 
 # --- several processes ---------------------------------------------------------------------------------------------

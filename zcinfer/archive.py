@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -199,7 +200,29 @@ def write_archive(parts: Parts, directory: Path, advance: Callable[[int], object
     write_file(directory / DESCRIPTION, text)
     archive = Archive(directory)
     write_file(directory / VERIFIED, json.dumps(archive._stamp()).encode())
+    sync_directory(directory)
     return archive
+
+
+def copy_archive(archive: Archive, directory: Path) -> Archive:
+    """Copy an archive into ``directory``, which is new; it is complete, and on disk, on return."""
+    directory.mkdir(mode=0o700, parents=True)
+    for name in (WEIGHTS, SKELETON, DESCRIPTION):
+        shutil.copyfile(archive.directory / name, directory / name)
+        with open(directory / name, "rb") as file:
+            os.fsync(file.fileno())
+    copied = Archive(directory)
+    copied.verify()
+    return copied
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ import struct
 import sys
 import types
 import typing
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
@@ -48,6 +49,9 @@ _INCIDENTAL = frozenset(
 
 # Dictionaries of a module whose keys are torch's count of all hooks that this process ever made.
 HOOKS = tuple(name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
+
+# Bytes above which arrays are shared, and it is told that every process holds another thing for itself.
+PRIVATE = 4096
 
 # Each level multiplies the walks; objects that know one another through sets would take for ever.
 _MOST_NESTED_SETS = 4
@@ -120,6 +124,10 @@ class Canonical:
             self._sequence("dict", [part for item in obj.items() for part in item])
         elif isinstance(obj, torch.Tensor) and is_plain(obj):
             self._tensor(obj)
+        elif isinstance(obj, np.ndarray) and (flat := shared_bytes(obj)) is not None:
+            layout = (obj.dtype.__reduce__()[1:], obj.shape, obj.strides, obj.flags.writeable)
+            self._emit("array", repr(layout).encode())
+            self._storage(flat.untyped_storage())
         elif is_program(obj):
             self._emit("program", program_digest(obj))
         elif isinstance(obj, torch.storage.TypedStorage):
@@ -355,6 +363,16 @@ def _names_in(model: torch.nn.Module) -> dict[int, str]:
 
 def _new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(function)
+
+
+def shared_bytes(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
+    """The bytes of an array that is shared as a tensor is (uint8, no copy); None for small ones and others."""
+    whole = array.flags.c_contiguous or array.flags.f_contiguous
+    if type(array) is not np.ndarray or array.nbytes <= PRIVATE or array.dtype.hasobject or not whole:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that are not writable
+        return torch.from_numpy(array.ravel(order="K").view(np.uint8))
 
 
 def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:

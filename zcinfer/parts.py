@@ -26,6 +26,7 @@ from .blame import blame, place_of
 from .canonical import HOOKS, Canonical, storage_key
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
+from .programs import lost_attributes
 from .skeleton import Taken, dump, load
 from .views import view, view_fake
 
@@ -97,6 +98,7 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
     except Exception as error:
         raise SplitError(blame(model, error, lambda part: dump(part, Taken()))) from error
 
+    _refuse_torn_programs(taken, whole)
     sources = [storage_bytes(storage) for storage in taken.storages]
     digests = sha256_each(sources, advance)
     by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
@@ -247,6 +249,26 @@ def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
     flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     array: Bytes = flat.cpu().numpy()
     return array
+
+
+def _refuse_torn_programs(taken: Taken, model: Any) -> None:
+    """Refuse a program that has more to it than its bytes: tensors of the rest of the model, or attributes."""
+    others = {storage_key(storage) for storage in taken.storages}
+    for program in taken.programs:
+        if not isinstance(program, torch.jit.ScriptModule):
+            continue  # an exported program is a model of its own
+        place = place_of(program, model)
+        if any(storage_key(t.untyped_storage()) in others for t in program.state_dict().values()):
+            raise SplitError(
+                f"{place} is carried as torch's own bytes, and shares tensors with the rest of the model, which would "
+                "be two afterwards: publish the module it was compiled from"
+            )
+        added = [name for name in lost_attributes(program) if not name.startswith("_")]
+        if added:
+            raise SplitError(
+                f"{place} has the attribute {added[0]!r}, which torch.jit.save leaves out: remove it before "
+                "publishing, or publish the module it was compiled from"
+            )
 
 
 def _last_hook(model: torch.nn.Module) -> int:

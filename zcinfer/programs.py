@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-# Tensors that count with the pickle that names them, and what is random or says where the source lay.
-_WITH_PICKLES = ("data/", "constants/")
+# What is random, or says where the source lay.
 _INCIDENTAL = ("serialization_id", ".debug_pkl", "byteorder", "version")
 
-# Numbers that torch gives by process, in the names of classes and in the code.
-_MANGLED = re.compile(r"[./]?___torch_mangle_\d+")
+# Names of classes and functions of TorchScript, and the numbers in them that torch gives by process.
+_QUALIFIED = re.compile(r"__torch__(?:\.\w+)+")
+_MANGLED = re.compile(r"\.___torch_mangle_\d+")
 
 
 def is_program(obj: Any) -> bool:
@@ -56,6 +56,13 @@ def load_script(content: torch.Tensor) -> torch.nn.Module:
     return module
 
 
+def lost_attributes(script: Any) -> list[str]:
+    """Names of the attributes of a TorchScript module that its bytes do not carry."""
+    content = torch.frombuffer(bytearray(program_bytes(script)), dtype=torch.uint8)
+    loaded = load_script(content)
+    return sorted(name for name in vars(script) if not hasattr(loaded, name))
+
+
 def load_exported(content: torch.Tensor) -> torch.nn.Module:
     """The module of the exported program of these bytes (uint8)."""
     module: torch.nn.Module = torch.export.load(_file(content)).module()
@@ -71,27 +78,50 @@ def _file(content: torch.Tensor) -> io.BytesIO:
 
 def program_digest(program: Any) -> bytes:
     """SHA-256 of a program's code, state and tensors; equal in all processes, and for what was saved and loaded."""
-    with zipfile.ZipFile(io.BytesIO(program_bytes(program))) as archive:
+    content = program_bytes(program)
+    if isinstance(program, ExportedProgram):
+        return _zip_digest(content)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-    found = []
-    for name, record in records.items():
-        if name.endswith(".py"):
-            content = _code(record.decode())
-        elif name.endswith(".pkl"):
-            content = _Plain(record, records).text()
-        elif name.startswith(("data/", "constants/", ".data/")) or name.endswith(
-            (".debug_pkl", "byteorder", "version")
-        ):
-            continue  # with the pickles that name them; random; or where the source lay
-        else:
-            content = hashlib.sha256(record).hexdigest()
-        found.append((_MANGLED.sub("", name), content))
-    return hashlib.sha256(repr(sorted(found)).encode()).digest()
+    # Classes and functions are numbered as they are met, from the root on: torch's own numbers depend on what else
+    # the process has compiled, and without any two classes of one name could not be told apart.
+    numbers: dict[str, int] = {}
+
+    def numbered(text: str) -> str:
+        return _QUALIFIED.sub(
+            lambda name: f"{_MANGLED.sub('', name[0])}#{numbers.setdefault(name[0], len(numbers))}", text
+        )
+
+    found = [numbered(_Plain(records[name], records).text()) for name in ("data.pkl", "constants.pkl")]
+    files: list[str] = []
+    met = 0
+    while met < len(numbers):
+        module, _, name = list(numbers)[met].rpartition(".")
+        met += 1
+        file = f"code/{module.replace('.', '/')}.py"
+        if file in records and file not in files:
+            files.append(file)
+            found.append(numbered(_in_order(records[file].decode())))
+        found.append(f"{name} in {files.index(file) if file in files else ''}")
+    return hashlib.sha256(repr(found).encode()).digest()
 
 
-def _code(text: str) -> str:
-    """Code without numbers by process; constants of a class in order, which torch takes from a set."""
-    groups = groupby(_MANGLED.sub("", text).splitlines(), lambda line: " : Final[" in line)
+def _zip_digest(content: bytes) -> bytes:
+    """SHA-256 of all records of an archive, and of the archives among them."""
+    total = hashlib.sha256()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith(_INCIDENTAL):
+                record = archive.read(name)
+                nested = zipfile.is_zipfile(io.BytesIO(record))
+                digest = _zip_digest(record) if nested else hashlib.sha256(record).digest()
+                total.update(hashlib.sha256(name.partition("/")[2].encode()).digest() + digest)
+    return total.digest()
+
+
+def _in_order(code: str) -> str:
+    """Code with the constants of each class in order, which torch takes from a set."""
+    groups = groupby(code.splitlines(), lambda line: " : Final[" in line)
     return "\n".join(line for constants, lines in groups for line in (sorted(lines) if constants else lines))
 
 
@@ -131,7 +161,7 @@ class _Plain(pickle.Unpickler):
         return repr(self.load())
 
     def find_class(self, module: str, name: str) -> Any:
-        return type("Made", (_Made,), {"name": _MANGLED.sub("", f"{module}:{name}"), "__module__": __name__})
+        return type("Made", (_Made,), {"name": f"{module}.{name}", "__module__": __name__})
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, device, length = pid

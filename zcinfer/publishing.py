@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,13 @@ from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
 from . import catalog
-from .archive import Archive
+from .archive import Archive, copy_archive, write_archive
 from .description import Description
 from .errors import ModelNotFound, OutputError, SettingsError
 from .loading import load_ref
 from .parts import join, split
 from .progress import bytes_bar
-from .registry import check_name
+from .registry import Version, check_name
 from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
@@ -70,6 +72,7 @@ def put(
     (True, True)
     """
     registry = catalog.registry()
+    base = catalog.resolve(base) if base is not None else None
     if isinstance(model, str | Path):
         path = Path(model)
         if not path.is_dir():
@@ -77,24 +80,35 @@ def put(
         opened = Archive(path) if trust else registry.open_trusted(path)
         opened.verify()
         name = name or path.name
+        check_name(name)
+        if registry.knows(opened):
+            copied = name
+            return _publish(opened.description, name, base, lambda shared: registry.adopt(opened, copied, shared))
+        # Another's: its digest may say anything, and is found anew.
         model = join(opened.skeleton(), opened.description, opened.weights())
     name = name or type(model).__name__.lower()
     check_name(name)
-    base = catalog.resolve(base) if base is not None else None
-    store = catalog.current()
     # Read for the digest, and written.
     with bytes_bar(f"put {name}", 2 * _weight_bytes(model), progress) as advance:
         parts = split(model, advance)
-        described = parts.description
-        _warn_of_private(name, described)
-        own, shared_with = _shared_with(name, described, base)
-        # Before anything is written, so that nothing has to be taken back.
-        registry.make_room(described.digest, described.nbytes)
-        if store is not None:
-            store.make_room(described.digest, own)
-        version = registry.add(parts, name, shared_with, advance)
-        if store is not None:
-            store.publish(version.digest)
+        return _publish(parts.description, name, base, lambda shared: registry.add(parts, name, shared, advance))
+
+
+def _publish(
+    described: Description, name: str, base: ModelRef | None, add: Callable[[str | None], Version]
+) -> ModelRef:
+    registry, store = catalog.registry(), catalog.current()
+    _warn_of_private(name, described)
+    own, shared_with = _shared_with(name, described, base)
+    # Before anything is written, so that nothing has to be taken back.
+    registry.make_room(described.digest, described.nbytes)
+    if store is not None:
+        if shared_with is not None:
+            store.publish(shared_with)  # not there yet, perhaps; then it needs room first
+        store.make_room(described.digest, own)
+    version = add(shared_with)
+    if store is not None:
+        store.publish(version.digest)
     return catalog.ref_of(version)
 
 
@@ -123,6 +137,8 @@ def _shared_with(name: str, described: Description, base: ModelRef | None) -> tu
         return described.nbytes, None
     registry = catalog.registry()
     root = registry.base(base.digest) or registry.archive(base.digest)  # the base of a base: there are no chains
+    if root.description.digest == described.digest:
+        return described.nbytes, None
     over = described.over(root.description)
     if over.in_base:
         return over.nbytes, root.description.digest
@@ -176,12 +192,12 @@ def load(model: str | ModelRef, device: str | torch.device | None = None) -> tor
         ) from error
 
 
-def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:
+def save(model: torch.nn.Module | ExportedProgram | str | ModelRef, path: str | Path) -> Path:
     """Write an archive of a model anywhere, without registering it.
 
     Parameters
     ----------
-    model : torch.nn.Module, str or ModelRef
+    model : torch.nn.Module, torch.export.ExportedProgram, str or ModelRef
     path : path
         A new directory.
 
@@ -203,11 +219,12 @@ def save(model: torch.nn.Module | str | ModelRef, path: str | Path) -> Path:
     'linear'
     """
     registry = catalog.registry()
-    if not isinstance(model, torch.nn.Module):
-        opened = registry.archive(catalog.resolve(model).digest)
-        model = join(opened.skeleton(), opened.description, opened.weights())
-    parts = split(model)
+    write: Callable[[Path], Archive]
+    if isinstance(model, torch.nn.Module | ExportedProgram):
+        write = partial(write_archive, split(model))
+    else:
+        write = partial(copy_archive, registry.archive(catalog.resolve(model).digest))
     try:
-        return registry.save(parts, Path(path).expanduser().absolute()).directory
+        return registry.save(write, Path(path).expanduser().absolute()).directory
     except OSError as error:
         raise OutputError(f"no archive can be written to {path}: {error}") from error

@@ -87,8 +87,11 @@ class Holder:
             others: list[Any] = []
             if base is not None:
                 _, others = self.fetch(base.description.digest, registry)
-                description = description.over(base.description)
-                weights = _own_weights(archive, description)
+                if len(others) > 1:
+                    others = []  # held as a variant itself, from before it became a base; this one is put whole
+                else:
+                    description = description.over(base.description)
+                    weights = _own_weights(archive, description)
             self.make_room(digest, description.nbytes, registry)
             head = pickle.dumps((description, archive.skeleton()))
             reference = ray.put(weights)
@@ -106,6 +109,12 @@ class Holder:
         if forgotten is not None:
             self._forgotten.append((monotonic(), forgotten.nbytes))
 
+    def forget_lost(self, digest: str) -> None:
+        """Drop a model whose object is lost, or its base's, and all that share one with it."""
+        lost = set(self._objects[digest].references) if digest in self._objects else set()
+        for other in [other for other, held in self._objects.items() if lost & set(held.references)]:
+            self.forget(other)
+
     def usage(self) -> tuple[int, int, dict[str, int]]:
         """Capacity of the store, bytes held, and bytes by digest."""
         held = {digest: found.nbytes for digest, found in self._objects.items()}
@@ -122,7 +131,7 @@ class Holder:
         # What was deleted a moment ago, readers may keep for a moment more.
         self._forgotten = [(since, size) for since, size in self._forgotten if monotonic() - since < KEPT + 0.5]
         if used + nbytes + MARGIN + sum(size for _, size in self._forgotten) > capacity:
-            sleep(max(since for since, _ in self._forgotten) + KEPT + 0.5 - monotonic())
+            sleep(max(0.0, max(since for since, _ in self._forgotten) + KEPT + 0.5 - monotonic()))
 
     def _forget_deleted(self) -> None:
         # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
@@ -179,6 +188,7 @@ class RayStore:
         self._mapped: weakref.WeakValueDictionary[str, _Object] = weakref.WeakValueDictionary()
         self._kept: dict[str, tuple[float, _Object]] = {}
         self._timer: threading.Timer | None = None
+        self._keeping = threading.Lock()
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
         deadline = monotonic() + patience
@@ -250,8 +260,11 @@ class RayStore:
         self._keep(digest, found)
         description, skeleton = found.head
         fetched = perf_counter()
-        buffer, protection = found.map(MARGIN, description.nbytes)
-        base = found.base.map(MARGIN, found.base.nbytes - MARGIN)[0] if found.base is not None else None
+        try:
+            buffer, protection = found.map(MARGIN, description.nbytes)
+            base = found.base.map(MARGIN, found.base.nbytes - MARGIN)[0] if found.base is not None else None
+        except OSError as error:
+            raise StoreUnavailable(f"the weights in Ray at {self.address} cannot be mapped: {error}.") from error
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
         return Fetched(description, skeleton, buffer, protection, seconds, base)
 
@@ -300,9 +313,10 @@ class RayStore:
 
     def close(self) -> None:
         self._lost.set()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._kept.clear()
+        with self._keeping:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._kept.clear()
         with contextlib.suppress(OSError):
             os.close(self._wake)
         self._session.leave(self._timeout)
@@ -311,9 +325,10 @@ class RayStore:
 
     def _keep(self, digest: str, found: _Object) -> None:
         """Keep an object for some seconds more: who has loaded a model and dropped it often loads it again."""
-        self._kept[digest] = monotonic(), found
-        if self._timer is None:
-            self._let_go_in(KEPT)
+        with self._keeping:
+            self._kept[digest] = monotonic(), found
+            if self._timer is None:
+                self._let_go_in(KEPT)
 
     def _let_go_in(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._let_go)
@@ -321,15 +336,14 @@ class RayStore:
         self._timer.start()
 
     def _let_go(self) -> None:
-        kept = list(self._kept.items())
-        for digest, (since, _) in kept:
-            if monotonic() - since >= KEPT:
-                self._kept.pop(digest, None)
-        left = [since for _, (since, _) in kept if monotonic() - since < KEPT]
-        if left:
-            self._let_go_in(min(left) + KEPT - monotonic() + 0.01)
-        else:
+        with self._keeping:
+            now = monotonic()
+            # Each object is dropped outside the lock, by the end of this function.
+            late = [self._kept.pop(digest) for digest, (since, _) in list(self._kept.items()) if now - since >= KEPT]
             self._timer = None
+            if self._kept:
+                self._let_go_in(min(since for since, _ in self._kept.values()) + KEPT - now + 0.01)
+        del late
 
     def _get(self, digest: str, offer: tuple[Head, Any] | None) -> _Object:
         if offer is not None:
@@ -341,7 +355,7 @@ class RayStore:
         try:
             arrays = ray.get(references)
         except ray.exceptions.ObjectLostError:
-            ray.get(self._holder.forget.remote(digest))
+            ray.get(self._holder.forget_lost.remote(digest))
             head, references = self._ask(digest)
             arrays = ray.get(references)
         return _Object(arrays, _read(head))

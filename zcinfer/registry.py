@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from .archive import Archive, write_archive, write_file
+from .archive import Archive, copy_archive, sync_directory, write_archive, write_file
 from .config import check_owner, private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
 
@@ -79,17 +79,23 @@ class Registry:
         digest of a ``base``, memory is shared with that; its archive stays as long as this one. ``advance`` is called
         with numbers of bytes as they are written.
         """
+        return self._add(parts.description.digest, lambda place: write_archive(parts, place, advance), name, base)
+
+    def adopt(self, archive: Archive, name: str, base: str | None = None) -> Version:
+        """As `add`, with a copy of an archive that lies elsewhere."""
+        return self._add(archive.description.digest, lambda place: copy_archive(archive, place), name, base)
+
+    def _add(self, digest: str, write: Callable[[Path], Archive], name: str, base: str | None) -> Version:
         check_name(name)
-        digest = parts.description.digest
         with self._temporary() as temporary:
-            written = None if self._is_complete(digest) else write_archive(parts, temporary / "archive", advance)
+            written = None if self._is_complete(digest) else write(temporary / "archive")
             with self._lock():
                 if written is not None:
                     self._install(written, digest)
                 elif not self._is_complete(digest):  # removed by another process a moment ago
-                    written = write_archive(parts, temporary / "archive")
-                    self._install(written, digest)
-                # One that is itself a base stays whole in memory: no chains.
+                    self._install(write(temporary / "archive"), digest)
+                # No chains, whatever became of the base meanwhile: its own base, and one that is a base stays whole.
+                base = (self._base_digest(base) or base) if base is not None else None
                 if base is not None and base != digest and not self._is_base(digest):
                     self.archive(base)  # or it was removed meanwhile
                     self._write_base(digest, base, temporary)
@@ -101,15 +107,16 @@ class Registry:
                 self._write_versions(name, versions, last + 1)
                 return versions[-1]
 
-    def save(self, parts: Parts, directory: Path) -> Archive:
-        """Write the parts' archive to any new directory, complete or not at all, and remember that we wrote it."""
+    def save(self, write: Callable[[Path], Archive], directory: Path) -> Archive:
+        """Write an archive to any new directory, complete or not at all, and remember that we wrote it."""
         if directory.exists():
             raise SettingsError(f"{directory} exists: an archive is written to a new directory")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
-            archive = write_archive(parts, Path(temporary) / "archive")
+            archive = write(Path(temporary) / "archive")
             self.trust(archive)
             os.rename(archive.directory, directory)
+            sync_directory(directory.parent)
         return Archive(directory)
 
     def resolve(self, name: str) -> Version:
@@ -160,11 +167,14 @@ class Registry:
 
     def base(self, digest: str) -> Archive | None:
         """The archive of the model that this one shares storages with in memory."""
-        found = self._base_digest(digest)
+        digest = self._base_digest(digest)
         try:
-            return self.archive(found) if found else None
+            found = self.archive(digest) if digest else None
+            if found is not None:
+                found.check()
         except (ModelNotFound, ArchiveError):
             return None  # the archive itself is whole
+        return found
 
     def digests(self) -> set[str]:
         """Of all models that are in use: those that have names, and their bases."""
@@ -208,6 +218,10 @@ class Registry:
         (self.directory / "seals").mkdir(exist_ok=True)
         (self.directory / "seals" / archive.seal).touch()
 
+    def knows(self, archive: Archive) -> bool:
+        """Whether this user has written that very archive."""
+        return (self.directory / "seals" / archive.seal).exists()
+
     def open_trusted(self, directory: Path) -> Archive:
         """Open an archive outside the registry, compare all its contents, and check that we know its seal.
 
@@ -219,7 +233,7 @@ class Registry:
             It is truncated or altered.
         """
         archive = Archive(directory)
-        if not (self.directory / "seals" / archive.seal).exists():
+        if not self.knows(archive):
             raise UntrustedArchive(
                 f"{directory} was not written by this user's zcinfer. Its skeleton is a pickle: opening it runs "
                 "code from it. If you trust where it comes from, put it again with trust=True (--trust)."
@@ -237,11 +251,12 @@ class Registry:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(exist_ok=True)
             os.rename(archive.directory, target)
+            sync_directory(target.parent)
 
     def _base_digest(self, digest: str) -> str:
         try:
             found = (self.directory / "bases" / digest).read_text()
-        except OSError:
+        except (OSError, ValueError):
             return ""
         return found if re.fullmatch("[0-9a-f]{64}", found) else ""
 
@@ -288,6 +303,7 @@ class Registry:
             content = {"last": last, "versions": [asdict(version) for version in versions]}
             write_file(temporary / "names", json.dumps(content, indent=1).encode())
             os.replace(temporary / "names", path)
+            sync_directory(path.parent)
 
     @contextmanager
     def _lock(self, name: str = ".lock") -> Iterator[None]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from types import FunctionType, ModuleType
@@ -21,7 +20,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn import Module
 
-from .canonical import home_of, is_plain, reduce_refused, storage_key
+from .canonical import PRIVATE, home_of, is_plain, reduce_refused, shared_bytes, storage_key
 from .description import BUFFER_DTYPES, TensorSpec
 from .programs import is_program, load_exported, load_script, program_bytes
 
@@ -49,6 +48,7 @@ class Taken:
         self.tensors: list[torch.Tensor] = []  # keeps ids valid
         self.storages: list[torch.UntypedStorage] = []
         self.private: list[tuple[Any, int]] = []  # what each process holds for itself, and its bytes
+        self.programs: list[Any] = []
         self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
         self._tensor_index: dict[int, int] = {}
         self._storage_index: dict[tuple[Any, ...], int] = {}
@@ -120,21 +120,6 @@ def _update_fake(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
     tensor.__dict__.update(attributes)  # where a fake tensor has attributes of its own
 
 
-def _reduced_array(array: np.ndarray[Any, Any]) -> Any:
-    """How to pickle an array as a view of shared bytes; None for those that are no plain block of numbers."""
-    fortran = array.flags.f_contiguous and not array.flags.c_contiguous
-    if type(array) is not np.ndarray or array.dtype.hasobject or not (fortran or array.flags.c_contiguous):
-        return None
-    flat = array.ravel(order="K").view(np.uint8)  # no copy
-    return _array, (_bytes_tensor(flat), array.dtype, array.shape, "F" if fortran else "C", array.flags.writeable)
-
-
-def _bytes_tensor(flat: np.ndarray[Any, Any]) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of arrays that are not writable
-        return torch.from_numpy(flat)
-
-
 def _array(flat: torch.Tensor, dtype: Any, shape: tuple[int, ...], order: Any, writable: bool) -> Any:
     """The array over these bytes (uint8)."""
     array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, flat.numpy(), order=order)
@@ -153,8 +138,6 @@ _ADOPT = vars(Module)["__dict__"].__set__  # module.__dict__ = state
 _ADOPT_TENSOR = vars(torch.Tensor)["__dict__"].__set__
 _FUNCTIONS = {id(_ADOPT): 0, id(_ADOPT_TENSOR): 1, id(_tensor): 2, id(_array): 3}
 
-# Bytes above which it is told that every process holds a thing for itself.
-PRIVATE = 4096
 _PRIVATE = frozenset((bytes, bytearray, str))
 
 
@@ -176,18 +159,20 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
 
     def reducer_override(self, obj: Any) -> Any:
         if is_program(obj):
-            content = np.frombuffer(program_bytes(obj), np.uint8)
+            content = torch.frombuffer(bytearray(program_bytes(obj)), dtype=torch.uint8)
+            self._taken.programs.append(obj)
             self._taken.private.append((obj, content.nbytes))
-            return load_exported if isinstance(obj, ExportedProgram) else load_script, (_bytes_tensor(content),)
+            return load_exported if isinstance(obj, ExportedProgram) else load_script, (content,)
         if isinstance(obj, np.ndarray) and obj.nbytes > PRIVATE:
-            shared = _reduced_array(obj)
-            if shared is not None:
-                return shared
+            flat = shared_bytes(obj)
+            if flat is not None:
+                order = "C" if obj.flags.c_contiguous else "F"
+                return _array, (flat, obj.dtype, obj.shape, order, obj.flags.writeable)
             self._taken.private.append((obj, obj.nbytes))
         if isinstance(obj, torch.Tensor) and is_plain(obj):
             # Attributes that somebody has set on it, as `from_pretrained` does on each.
             return _tensor, (self._taken.tensor(obj),), obj.__dict__, None, None, _ADOPT_TENSOR
-        if type(obj) is OrderedDict and not obj:
+        if type(obj) is OrderedDict and not obj and not vars(obj):
             return copyreg.__newobj__, (OrderedDict,)  # type: ignore[attr-defined]
         reduced = reduce_refused(obj)
         if reduced is None and isinstance(obj, Module) and type(obj).__setstate__ is Module.__setstate__:
