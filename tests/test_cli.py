@@ -184,6 +184,12 @@ def test_ls_for_people_and_programs(here: Path) -> None:
     assert [line.split()[0] for line in lines] == ["name", "first", "second"]
     assert "1.0 MB" in lines[1]
     assert all(len(line) <= 100 for line in lines)
+    ref = zc.put(nn.Linear(3, 3).eval(), "third")
+    (here / "registry" / "archives" / ref.digest / "description.json").write_text("{")
+    assert "damaged (zcinfer info says how)" in call("ls").output
+    assert all(len(line) <= 110 for line in call("ls").output.splitlines())
+    assert "description.json" in call("info", "third", code=1).output
+    zc.delete("third")
     found = json.loads(call("ls", "--json").output)
     assert [(model["name"], model["version"], model["tensors"]) for model in found] == [
         ("first", 1, 2),

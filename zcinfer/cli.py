@@ -100,7 +100,8 @@ def ls(as_json: bool) -> None:
         table["private"] = table["private"].map(_size)
         table["own"] = table["own"].map(_size)
         table["digest"] = table["digest"].str[:12]
-        table["class"] = table["class"].str.rpartition(".")[2].where(table["nbytes"] > 0, table["class"])
+        damaged = table["class"].str.startswith("damaged: ")
+        table["class"] = table["class"].str.rpartition(".")[2].mask(damaged, "damaged (zcinfer info says how)")
         table["created"] = table["created"].str[:16].str.replace("T", " ")
         click.echo(table.drop(columns=["nbytes", "tensors", "base", "why"]).to_string(index=False))
 
