@@ -213,6 +213,20 @@ if __name__ == "__main__":
 """
 
 
+BUSY = """
+import time
+import zcinfer
+
+def work():
+    print("up", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with zcinfer.LocalCluster(n_workers=1) as cluster, cluster.get_client() as client:
+        client.run(work)
+"""
+
+
 def test_close_is_clean_and_quiet(script: Callable[[str], Script]) -> None:
     running = script(CLOSE)
     running.up()
@@ -238,6 +252,18 @@ def test_interrupt_ends_all_and_is_told_once(script: Callable[[str], Script]) ->
     # As a terminal does it: to every process of the group
     os.killpg(running.process.pid, signal.SIGINT)
     assert running.end().count("KeyboardInterrupt") == 1
+    assert running.work_directories() == []
+
+
+def test_an_interrupt_does_not_wait_for_what_workers_are_at(script: Callable[[str], Script]) -> None:
+    running = script(BUSY)
+    running.up()
+    begin = time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    stderr = running.end()
+    assert time.monotonic() - begin < 4  # the four seconds that Dask would wait, and then their end
+    assert "KeyboardInterrupt" in stderr
+    assert "distributed" not in re.sub(r'File ".*"', "", stderr)  # of its log
     assert running.work_directories() == []
 
 

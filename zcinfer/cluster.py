@@ -6,8 +6,10 @@ itself: see `distributed.LocalCluster`, its base.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -17,10 +19,12 @@ import dask.config
 import distributed
 from dask.system import cpu_count
 
-from .config import nbytes
 from .errors import SettingsError
+from .sizes import parse_size
 
 LOOPBACK = "127.0.0.1"
+# Seconds that workers have for their end where the program was interrupted
+INTERRUPTED = 1.0
 PRELOAD = "zcinfer.worker"
 
 # Read by the thread pools of torch, MKL and OpenBLAS when they are loaded, and never again
@@ -36,6 +40,13 @@ class Nanny(distributed.Nanny):  # type: ignore[misc]
     def __init__(self, *args: Any, env: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, env=env, **kwargs)
         self.pre_spawn_env.update({name: str(env[name]) for name in THREAD_VARIABLES})
+        self.patience = float("inf")
+
+    async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
+        """End the worker, which has ``timeout`` seconds for what it is at, and no more than our patience."""
+        await super().kill(min(timeout, self.patience), reason)
+        if self.patience < timeout:
+            shutil.rmtree(self.worker_dir, ignore_errors=True)  # which it had perhaps no time for
 
 
 class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
@@ -80,6 +91,15 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     6
     """
 
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            # Ctrl-C: what the workers are at is given up, and nobody wants to wait for it.
+            for nanny in self.workers.values():
+                nanny.patience = INTERRUPTED
+            for name in ("distributed.nanny", "distributed.scheduler"):  # that they are lost is no news
+                logging.getLogger(name).setLevel(logging.CRITICAL)
+        super().__exit__(kind, *error)
+
     def __init__(
         self,
         n_workers: int | None = None,
@@ -103,7 +123,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | (kwargs.pop("env", None) or {})
         if memory_limit != "auto":
             if isinstance(memory_limit, str):
-                nbytes(memory_limit, "memory_limit")  # Dask's own error names no setting
+                parse_size(memory_limit, "memory_limit")  # Dask's own error names no setting
             # Dask divides the machine's memory by the workers only where it is not told "auto".
             kwargs["memory_limit"] = memory_limit
         scratch = kwargs.pop("local_directory", None) or _scratch_directory()
