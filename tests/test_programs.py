@@ -18,7 +18,7 @@ import zcinfer as zc
 from zcinfer import loading
 from zcinfer.memory import process_memory
 from zcinfer.parts import split
-from zcinfer.programs import program_digest
+from zcinfer.programs import program_bytes, program_digest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
@@ -33,6 +33,10 @@ def net() -> nn.Module:
 
 def x() -> torch.Tensor:
     return torch.linspace(-1, 1, 120).reshape(3, 40)
+
+
+def digest_of(program: Any) -> bytes:
+    return program_digest(program, program_bytes(program))
 
 
 def scripted() -> Any:
@@ -89,13 +93,13 @@ DIGESTS = """
 import sys, torch, warnings
 warnings.simplefilter("ignore")
 from torch import nn
-from zcinfer.programs import program_digest
+from zcinfer.programs import program_bytes, program_digest
 for _ in range(int(sys.argv[1])):
     torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3)))
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(40, 80), nn.ReLU(), nn.Linear(80, 20)).eval()
-print(program_digest(torch.jit.script(model)).hex())
-print(program_digest(torch.export.export(model, (torch.linspace(-1, 1, 120).reshape(3, 40),))).hex())
+for program in torch.jit.script(model), torch.export.export(model, (torch.linspace(-1, 1, 120).reshape(3, 40),)):
+    print(program_digest(program, program_bytes(program)).hex())
 """
 
 
@@ -105,14 +109,14 @@ def test_processes_agree_on_digests() -> None:
         for others in ("0", "3")
     }
     assert len(found) == 1
-    assert program_digest(scripted()).hex().encode() in found.pop()
+    assert digest_of(scripted()).hex().encode() in found.pop()
 
 
 def test_what_was_saved_and_loaded_is_the_same_program() -> None:
     file = io.BytesIO()
     torch.jit.save(scripted(), file)
     file.seek(0)
-    assert program_digest(torch.jit.load(file)) == program_digest(scripted())
+    assert digest_of(torch.jit.load(file)) == digest_of(scripted())
 
 
 def test_weights_code_and_constants_make_another_program() -> None:
@@ -120,7 +124,7 @@ def test_weights_code_and_constants_make_another_program() -> None:
     with torch.no_grad():
         other[0].bias[3] += 1  # type: ignore[index, operator]
     scaled = nn.Sequential(*net(), nn.LeakyReLU(0.1)), nn.Sequential(*net(), nn.LeakyReLU(0.2))
-    digests = [program_digest(torch.jit.script(m.eval())) for m in (net(), other, *scaled, nn.Sequential(*net()[:2]))]
+    digests = [digest_of(torch.jit.script(m.eval())) for m in (net(), other, *scaled, nn.Sequential(*net()[:2]))]
     assert len(set(digests)) == len(digests)
 
 
@@ -157,8 +161,8 @@ class Two(nn.Module):
 )
 def test_swapped_submodules_make_another_program(make: Any) -> None:
     one, other = (torch.jit.script(Two(make(a), make(b)).eval()) for a, b in ((1, 5), (5, 1)))
-    assert program_digest(one) != program_digest(other)
-    assert program_digest(one) == program_digest(torch.jit.script(Two(make(1), make(5)).eval()))
+    assert digest_of(one) != digest_of(other)
+    assert digest_of(one) == digest_of(torch.jit.script(Two(make(1), make(5)).eval()))
 
 
 def test_a_program_tied_to_the_rest_is_refused() -> None:

@@ -30,7 +30,7 @@ from .sharing import map_file
 if TYPE_CHECKING:
     from .parts import Parts
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, SKELETON, DESCRIPTION, VERIFIED = "weights.safetensors", "skeleton.pkl", "description.json", "verified.json"
 
 # The header fills whole pages: data begins on one, and there is always a page in front of it (see `sharing`).

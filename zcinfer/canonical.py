@@ -11,31 +11,20 @@ they use. Code is compared as bytecode: digests agree between processes of one P
 
 from __future__ import annotations
 
-import copyreg
-import dis
-import functools
 import hashlib
-import io
 import struct
-import sys
 import types
-import typing
-import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from .programs import is_program, program_digest
-
-try:  # It carries more than pickle does (views of dicts, for one), and what it carries counts.
-    import cloudpickle
-except ImportError:
-    cloudpickle = None
+from .bytecode import ATOMS, class_code, code_digest, global_names, home_of, is_filled, is_importable, member_code
+from .pickling import HOOKS, is_plain, reduce, shared_bytes, storage_key
+from .programs import is_program, program_bytes, program_digest
 
 # Of a class's namespace: what the interpreter adds by itself, or what changes without changing behaviour.
 _INCIDENTAL = frozenset(
@@ -47,19 +36,10 @@ _INCIDENTAL = frozenset(
     }
 )
 
-# Dictionaries of a module whose keys are torch's count of all hooks that this process ever made.
-HOOKS = tuple(name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
-
-# Bytes above which arrays are shared, and it is told that every process holds another thing for itself.
-PRIVATE = 4096
-
 # Each level multiplies the walks; objects that know one another through sets would take for ever.
 _MOST_NESTED_SETS = 4
 
-_REDUCERS = cloudpickle.Pickler.dispatch_table if cloudpickle is not None else copyreg.dispatch_table
-
-# By cloudpickle text files travel as their content, which nobody has asked for, and type variables with random ids.
-_NOT_BY_CLOUDPICKLE = (io.TextIOWrapper, typing.TypeVar)
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
 class Canonical:
@@ -69,6 +49,8 @@ class Canonical:
     ----------
     storage_digest : callable
         Gives the content digest (bytes) of a ``torch.UntypedStorage``.
+    program_bytes : callable
+        Gives the bytes of a program, where they are known already.
 
     Attributes
     ----------
@@ -76,9 +58,14 @@ class Canonical:
         Top-level packages whose classes or functions were met by reference.
     """
 
-    def __init__(self, storage_digest: Callable[[torch.UntypedStorage], bytes]):
+    def __init__(
+        self,
+        storage_digest: Callable[[torch.UntypedStorage], bytes],
+        program_bytes: Callable[[Any], bytes] = program_bytes,
+    ):
         self.packages: set[str] = set()
         self._storage_digest = storage_digest
+        self._program_bytes = program_bytes
         self._hash = hashlib.sha256()
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []  # an id may not be reused while the walk lasts
@@ -95,11 +82,11 @@ class Canonical:
     def add(self, obj: Any) -> None:
         """Feed ``obj`` and all it refers to."""
         kind = type(obj)
-        atom = _ATOMS.get(kind)
+        atom = ATOMS.get(kind)
         if atom is not None:
             self._emit(kind.__name__, atom(obj))
             return
-        if kind in (tuple, frozenset) and all(type(item) in _ATOMS for item in obj):
+        if kind in (tuple, frozenset) and all(type(item) in ATOMS for item in obj):
             self._collection(obj)  # by value: whether two equal ones are one object is up to the compiler
             return
         if isinstance(obj, np.dtype):
@@ -108,7 +95,7 @@ class Canonical:
             return
         if kind is types.CellType:
             # By value: cloudpickle gives every function cells of its own.
-            self._sequence("cell", [obj.cell_contents] if _filled(obj) else [])
+            self._sequence("cell", [obj.cell_contents] if is_filled(obj) else [])
             return
         number = self._seen.get(id(obj))
         if number is not None:
@@ -129,7 +116,7 @@ class Canonical:
             self._emit("array", repr(layout).encode())
             self._storage(flat.untyped_storage())
         elif is_program(obj):
-            self._emit("program", program_digest(obj))
+            self._emit("program", program_digest(obj, self._program_bytes(obj)))
         elif isinstance(obj, torch.storage.TypedStorage):
             self._emit("typed-storage", str(obj.dtype).encode())
             self._storage(obj._untyped_storage)
@@ -185,8 +172,8 @@ class Canonical:
         # met before costs a walk, and a lone one needs none.
         named = sorted((item for item in items if id(item) in self._names), key=lambda item: self._names[id(item)])
         others = [item for item in items if id(item) not in self._names]
-        known = [item for item in others if type(item) in _ATOMS or id(item) in self._seen]
-        new = [item for item in others if type(item) not in _ATOMS and id(item) not in self._seen]
+        known = [item for item in others if type(item) in ATOMS or id(item) in self._seen]
+        new = [item for item in others if type(item) not in ATOMS and id(item) not in self._seen]
         new = sorted(new, key=self._digest_of) if len(new) > 1 else new
         self._sequence(kind, [*named, *sorted(known, key=self._digest_of), *new])
 
@@ -257,7 +244,7 @@ class Canonical:
         if home is not None:
             self._reference("globals", home.__name__)
             return
-        for name in sorted(_global_names(function.__code__) & function.__globals__.keys()):
+        for name in sorted(global_names(function.__code__) & function.__globals__.keys()):
             self._emit("global", name.encode())
             self.add(function.__globals__[name])
 
@@ -290,207 +277,7 @@ class Canonical:
         self._sequence("pairs", [part for pair in pairs or () for part in pair])
 
 
-_ATOMS: dict[type, Callable[[Any], bytes]] = {
-    type(None): lambda _: b"",
-    bool: lambda value: b"1" if value else b"0",
-    int: lambda value: hex(value).encode(),
-    float: lambda value: struct.pack("<d", value),
-    complex: lambda value: struct.pack("<dd", value.real, value.imag),
-    str: lambda value: value.encode("utf-8", "surrogatepass"),
-    bytes: lambda value: value,
-    type(Ellipsis): lambda _: b"",
-    type(NotImplemented): lambda _: b"",
-    torch.dtype: lambda value: str(value).encode(),
-    torch.device: lambda value: str(value).encode(),
-    torch.Size: lambda value: repr(tuple(value)).encode(),
-}
-
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a table entry over a storage says all there is to say about ``tensor``.
-
-    But for attributes of its own in ``__dict__``. Others (sparse, quantised, subclasses, conjugate views) go the way
-    of torch's own pickling, which comes down to storages and plain tensors again.
-    """
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.layout is torch.strided
-        and tensor.device.type in ("cpu", "cuda")
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor._backward_hooks
-    )
-
-
-def reduce(obj: Any) -> Any:
-    """What pickle stores of ``obj``, of those that it does not handle by itself."""
-    reducer = _REDUCERS.get(type(obj)) if type(obj) not in _NOT_BY_CLOUDPICKLE else None
-    return reduce_refused(obj) or (reducer(obj) if reducer is not None else obj.__reduce_ex__(4))
-
-
-def reduce_refused(obj: Any) -> Any:
-    """How to carry what pickle, with or without cloudpickle, does not; None for anything else."""
-    kind = type(obj)
-    if isinstance(obj, torch.nn.Module) and kind.__module__ == parametrize.__name__ and not is_importable(kind):
-        # A class of its own for each module with parametrizations, whose __getstate__ only refuses.
-        base: Any = kind.__bases__[0]
-        names = tuple(vars(obj)["_modules"]["parametrizations"])
-        return _new_parametrized, (base, names), base.__getstate__(obj)
-    if kind is functools._lru_cache_wrapper and not is_importable(obj):
-        return _new_cache, (obj.__wrapped__, obj.cache_parameters())
-    if kind is functools.cached_property:
-        return kind, (obj.func,), {"attrname": obj.attrname}  # and not its lock, which it had up to Python 3.11
-    return None
-
-
-def _new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
-    module = base.__new__(base)
-    parametrize._inject_new_class(module)
-    for name in names:
-        parametrize._inject_property(module, name)
-    return module
-
-
 def _names_in(model: torch.nn.Module) -> dict[int, str]:
     # Torch's own methods: models override them, also with fewer arguments.
     parts = [*torch.nn.Module.named_modules(model), *torch.nn.Module.named_parameters(model)]
     return {id(part): name for name, part in parts}
-
-
-def _new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
-    return functools.lru_cache(**parameters)(function)
-
-
-def shared_bytes(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
-    """The bytes of an array that is shared as a tensor is (uint8, no copy); None for small ones and others."""
-    whole = array.flags.c_contiguous or array.flags.f_contiguous
-    if type(array) is not np.ndarray or array.nbytes <= PRIVATE or array.dtype.hasobject or not whole:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of arrays that are not writable
-        return torch.from_numpy(array.ravel(order="K").view(np.uint8))
-
-
-def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:
-    """Key that is equal for two storages exactly if they are the same memory."""
-    if storage.nbytes() == 0:
-        return ("empty", storage._cdata)
-    return (str(storage.device), storage.data_ptr(), storage.nbytes())
-
-
-def is_importable(obj: Any) -> bool:
-    """Whether another process finds ``obj`` by importing its module (else it must travel by value)."""
-    module = getattr(obj, "__module__", None)
-    if module is None or module not in sys.modules or not _by_reference(module):
-        return False
-    found: Any = sys.modules[module]
-    for name in obj.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is obj
-
-
-def home_of(function: types.FunctionType) -> types.ModuleType | None:
-    """The importable module whose globals a function uses; None: they travel with the function, by value.
-
-    A function made within one of the module's shares state with it through them, as hooks of transformers do.
-    """
-    module = sys.modules.get(function.__module__ or "")
-    if module is None or vars(module) is not function.__globals__ or getattr(module, "__spec__", None) is None:
-        return None
-    return module if _by_reference(module.__name__) else None
-
-
-def _by_reference(module: str) -> bool:
-    return module != "__main__" and not (
-        cloudpickle is not None
-        and any(f"{module}.".startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value())
-    )
-
-
-@functools.cache
-def class_code(cls: type) -> bytes:
-    """SHA-256 of the compiled code of the functions that an importable ``cls`` itself defines."""
-    total = hashlib.sha256()
-    for name, value in sorted(vars(cls).items()):
-        code = member_code(value)
-        if code:
-            total.update(name.encode() + b"\0" + code)
-    return total.digest()
-
-
-def member_code(value: Any) -> bytes:
-    """Code and constant defaults of all functions in a function or class member, decorated or not; or nothing."""
-    return b"".join(_function_codes(value, set()))
-
-
-def _function_codes(value: Any, seen: set[int]) -> Iterator[bytes]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    within: list[Any] = []
-    if isinstance(value, types.FunctionType):
-        yield code_digest(value.__code__)
-        yield _constant((value.__defaults__, tuple((value.__kwdefaults__ or {}).items())))
-        # A decorator that does not say __wrapped__ has what it decorates in its closure.
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        within = [value.__dict__.get("__wrapped__"), *(cell for cell in cells if isinstance(cell, types.FunctionType))]
-    elif isinstance(value, staticmethod | classmethod):
-        yield type(value).__name__.encode()
-        within = [value.__func__]
-    elif isinstance(value, property):
-        within = [value.fget, value.fset, value.fdel]
-    elif isinstance(value, functools.partial | functools.partialmethod | functools.cached_property):
-        within = [value.func]
-    elif isinstance(value, functools._lru_cache_wrapper):
-        within = [value.__wrapped__]
-    for part in within:
-        yield from _function_codes(part, seen)
-
-
-def code_digest(code: types.CodeType) -> bytes:
-    """SHA-256 of a code object without file names and line numbers; constant sets are sorted."""
-    total = hashlib.sha256(code.co_code)
-    total.update(
-        repr(
-            (
-                (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars),
-                (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
-                (code.co_flags, code.co_exceptiontable),
-            )
-        ).encode()
-    )
-    for constant in code.co_consts:
-        total.update(_constant(constant))
-    return total.digest()
-
-
-def _constant(value: Any) -> bytes:
-    """SHA-256 of a constant; of a thing that a compiler could not have made, its class alone counts."""
-    if isinstance(value, types.CodeType):
-        return code_digest(value)
-    if isinstance(value, frozenset):
-        return b"{" + b"".join(sorted(_constant(item) for item in value)) + b"}"
-    if isinstance(value, tuple):
-        return b"(" + b"".join(_constant(item) for item in value) + b")"
-    content = repr(value) if type(value) in _ATOMS or isinstance(value, slice) else ""
-    return hashlib.sha256(f"{type(value).__name__}:{content}".encode("utf-8", "surrogatepass")).digest()
-
-
-def _global_names(code: types.CodeType) -> set[str]:
-    # Not co_names, which has the names of attributes as well.
-    names = {step.argval for step in dis.get_instructions(code) if "GLOBAL" in step.opname}
-    return names.union(
-        *(_global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
-    )
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

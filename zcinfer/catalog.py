@@ -184,8 +184,7 @@ def models() -> pd.DataFrame:
         Columns name, version, nbytes (bytes of weights), tensors (number), shared and private (bytes that all
         readers have in common, and that each has for itself), own and base (of the shared bytes those that no other
         model has, and those that lie in the base's memory), why (what of the model cannot be shared), class, created,
-        digest. Models whose archive is damaged
-        have ``nbytes`` 0 and the reason as ``class``.
+        digest. Models whose archive is damaged have ``nbytes`` 0 and the reason as ``class``.
 
     Examples
     --------

@@ -16,6 +16,7 @@ import click
 
 from . import __version__
 from .errors import SettingsError, ZcinferError
+from .sizes import format_size
 
 
 class _Group(click.Group):
@@ -81,7 +82,7 @@ def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bo
         click.echo(json.dumps(asdict(ref)))
     else:
         private = catalog.archive(ref).description.private_nbytes
-        click.echo(f"{ref}  {_size(ref.nbytes)} shared, {_size(private)} private  {ref.digest[:12]}")
+        click.echo(f"{ref}  {format_size(ref.nbytes)} shared, {format_size(private)} private  {ref.digest[:12]}")
 
 
 @main.command()
@@ -96,9 +97,9 @@ def ls(as_json: bool) -> None:
     elif table.empty:
         click.echo("No models yet. Publish one: zcinfer put MODULE:OBJECT --name NAME")
     else:
-        table["shared"] = table["shared"].map(_size)
-        table["private"] = table["private"].map(_size)
-        table["own"] = table["own"].map(_size)
+        table["shared"] = table["shared"].map(format_size)
+        table["private"] = table["private"].map(format_size)
+        table["own"] = table["own"].map(format_size)
         table["digest"] = table["digest"].str[:12]
         damaged = table["class"].str.startswith("damaged: ")
         table["class"] = table["class"].str.rpartition(".")[2].mask(damaged, "damaged (zcinfer info says how)")
@@ -348,10 +349,3 @@ def _named(text: str) -> tuple[str, str]:
     if not equals or not name or not url:
         raise SettingsError(f"--input {text!r}: write NAME=URL, as in --input input_ids=ids.zarr")
     return name, url
-
-
-def _size(nbytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} B"

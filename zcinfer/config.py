@@ -62,16 +62,6 @@ def get(key: str) -> Any:
     return value
 
 
-def nbytes(text: Any, what: str) -> int:
-    """Bytes of a size as people write it ("4 GiB", or a number)."""
-    from dask.utils import parse_bytes
-
-    try:
-        return int(parse_bytes(text))
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"{what} is {text!r}: give bytes, as 4000000000, '4 GB' or '4 GiB'") from error
-
-
 def local_directory(text: str, what: str) -> Path:
     """Absolute path of a directory given as a path or a ``file://`` URL; other URLs are refused."""
     url = urlsplit(text)

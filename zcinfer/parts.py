@@ -23,10 +23,11 @@ from torch.export import ExportedProgram
 from torch.utils.hooks import RemovableHandle
 
 from .blame import blame, place_of
-from .canonical import HOOKS, Canonical, storage_key
+from .canonical import Canonical
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
-from .programs import lost_attributes
+from .pickling import HOOKS, storage_key
+from .programs import lost_attributes, program_bytes
 from .skeleton import Taken, dump, load
 from .views import view, view_fake
 
@@ -106,7 +107,10 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
     def storage_digest(storage: torch.UntypedStorage) -> bytes:
         return by_key.get(storage_key(storage)) or sha256_each([storage_bytes(storage)])[0]
 
-    canonical = Canonical(storage_digest)
+    def known_bytes(program: Any) -> bytes:
+        return taken.programs[id(program)][1] if id(program) in taken.programs else program_bytes(program)
+
+    canonical = Canonical(storage_digest, known_bytes)
     try:
         canonical.add(whole)
     except Exception as error:
@@ -254,7 +258,7 @@ def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
 def _refuse_torn_programs(taken: Taken, model: Any) -> None:
     """Refuse a program that has more to it than its bytes: tensors of the rest of the model, or attributes."""
     others = {storage_key(storage) for storage in taken.storages}
-    for program in taken.programs:
+    for program, content in taken.programs.values():
         if not isinstance(program, torch.jit.ScriptModule):
             continue  # an exported program is a model of its own
         place = place_of(program, model)
@@ -263,7 +267,7 @@ def _refuse_torn_programs(taken: Taken, model: Any) -> None:
                 f"{place} is carried as torch's own bytes, and shares tensors with the rest of the model, which would "
                 "be two afterwards: publish the module it was compiled from"
             )
-        added = [name for name in lost_attributes(program) if not name.startswith("_")]
+        added = [name for name in lost_attributes(program, content) if not name.startswith("_")]
         if added:
             raise SplitError(
                 f"{place} has the attribute {added[0]!r}, which torch.jit.save leaves out: remove it before "

@@ -48,6 +48,11 @@ def program_bytes(program: Any) -> bytes:
     return file.getvalue()
 
 
+def as_tensor(content: bytes) -> torch.Tensor:
+    """These bytes as a tensor (uint8)."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
 def load_script(content: torch.Tensor) -> torch.nn.Module:
     """The TorchScript module of these bytes (uint8)."""
     with warnings.catch_warnings():
@@ -56,10 +61,9 @@ def load_script(content: torch.Tensor) -> torch.nn.Module:
     return module
 
 
-def lost_attributes(script: Any) -> list[str]:
+def lost_attributes(script: Any, content: bytes) -> list[str]:
     """Names of the attributes of a TorchScript module that its bytes do not carry."""
-    content = torch.frombuffer(bytearray(program_bytes(script)), dtype=torch.uint8)
-    loaded = load_script(content)
+    loaded = load_script(as_tensor(content))
     return sorted(name for name in vars(script) if not hasattr(loaded, name))
 
 
@@ -76,9 +80,15 @@ def _file(content: torch.Tensor) -> io.BytesIO:
     return io.BytesIO(array)
 
 
-def program_digest(program: Any) -> bytes:
-    """SHA-256 of a program's code, state and tensors; equal in all processes, and for what was saved and loaded."""
-    content = program_bytes(program)
+def program_digest(program: Any, content: bytes) -> bytes:
+    """SHA-256 of a program's code, state and tensors; equal in all processes, and for what was saved and loaded.
+
+    Parameters
+    ----------
+    program : torch.jit.ScriptModule or torch.export.ExportedProgram
+    content : bytes
+        Its `program_bytes`.
+    """
     if isinstance(program, ExportedProgram):
         return _zip_digest(content)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -129,7 +139,6 @@ class _Made:
     """What a pickle makes by calling something: what was called, with what, and the state it was given."""
 
     name = ""
-
     parts: list[Any]
 
     def __new__(cls, *arguments: Any) -> _Made:

@@ -20,6 +20,7 @@ from .loading import load_ref
 from .parts import join, split
 from .progress import bytes_bar
 from .registry import Version, check_name
+from .sizes import format_size
 from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
@@ -115,20 +116,16 @@ def _publish(
 def _warn_of_private(name: str, described: Description) -> None:
     """Say what each process will hold for itself, and why."""
     if described.private:
-        listed = "; ".join(f"{what}: {_size(nbytes)}" for what, nbytes in described.private[:5])
+        listed = "; ".join(f"{what}: {format_size(nbytes)}" for what, nbytes in described.private[:5])
         log.warning(
             "%s: %s are shared, but every process that loads it holds %s for itself, which are no tensors and no plain "
             "arrays: %s%s",
             name,
-            _size(described.nbytes),
-            _size(described.private_nbytes),
+            format_size(described.nbytes),
+            format_size(described.private_nbytes),
             listed,
             "; ..." if len(described.private) > 5 else "",
         )
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
 
 
 def _shared_with(name: str, described: Description, base: ModelRef | None) -> tuple[int, str | None]:

@@ -20,20 +20,21 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic, perf_counter, sleep
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from time import monotonic, perf_counter
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-import numpy as np
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from . import config, keeper
-from .archive import MARGIN, Archive
+from .archive import MARGIN
 from .description import Bytes, Description
-from .errors import StoreFull, StoreUnavailable, ZcinferError
+from .errors import StoreUnavailable, ZcinferError
+from .holder import KEPT, Holder
 from .registry import Registry
 from .sharing import Plasma
+from .sizes import parse_size
 from .store import Fetched
 from .stores import PATIENCE
 
@@ -42,113 +43,7 @@ log = logging.getLogger("zcinfer")
 T = TypeVar("T")
 Head = tuple[Description, bytes]  # description and skeleton of a model
 
-# Models that a reader is told of when it connects: its first load then needs no question.
-_OFFERED = 16
-
-# Seconds for which a reader keeps an object that it has just used, and so its memory.
-KEPT = 3.0
-
 NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
-
-
-class _Held(NamedTuple):
-    """A model in the store: bytes of its own object, pickle of description and skeleton, objects, registry."""
-
-    nbytes: int
-    head: bytes
-    references: list[Any]
-    registry: str
-
-
-class Holder:
-    """The actor that owns the objects. One per Ray cluster; it holds no torch and no model, only bytes."""
-
-    def __init__(self, capacity: int):
-        self._capacity = capacity
-        self._objects: dict[str, _Held] = {}
-        self._forgotten: list[tuple[float, int]] = []
-        self._page = ray.put(np.zeros(1 << 17, np.uint8))  # below 100 kB Ray would send the bytes themselves
-        self._arena = Plasma(ray.get(self._page)).file
-
-    def greet(self) -> tuple[list[Any], dict[str, tuple[bytes, list[Any]]]]:
-        """A small object in shared memory, and what `fetch` gives for the models put last."""
-        # Objects in lists are passed on unread.
-        last = list(self._objects.items())[-_OFFERED:]
-        return [self._page], {digest: (held.head, held.references) for digest, held in last}
-
-    def fetch(self, digest: str, registry: str) -> tuple[bytes, list[Any]]:
-        """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread).
-
-        A second object is that of the base in which some of the storages lie.
-        """
-        if digest not in self._objects:
-            archive, base = Registry(registry).archive(digest), Registry(registry).base(digest)
-            description, weights = archive.description, archive.padded_weights()
-            others: list[Any] = []
-            if base is not None:
-                _, others = self.fetch(base.description.digest, registry)
-                if len(others) > 1:
-                    others = []  # held as a variant itself, from before it became a base; this one is put whole
-                else:
-                    description = description.over(base.description)
-                    weights = _own_weights(archive, description)
-            self.make_room(digest, description.nbytes, registry)
-            head = pickle.dumps((description, archive.skeleton()))
-            reference = ray.put(weights)
-            if Plasma(ray.get(reference)).file != self._arena:
-                # Plasma was fuller than we knew: a deleted model that somebody still maps, or objects of others.
-                del reference
-                self._refuse(description.nbytes, registry, "no room in one piece")
-            self._objects[digest] = _Held(description.nbytes, head, [reference, *others], registry)
-        held = self._objects[digest]
-        return held.head, held.references
-
-    def forget(self, digest: str) -> None:
-        """Drop one model; its memory is free once the last reader has let go."""
-        forgotten = self._objects.pop(digest, None)
-        if forgotten is not None:
-            self._forgotten.append((monotonic(), forgotten.nbytes))
-
-    def forget_lost(self, digest: str) -> None:
-        """Drop a model whose object is lost, or its base's, and all that share one with it."""
-        lost = set(self._objects[digest].references) if digest in self._objects else set()
-        for other in [other for other, held in self._objects.items() if lost & set(held.references)]:
-            self.forget(other)
-
-    def usage(self) -> tuple[int, int, dict[str, int]]:
-        """Capacity of the store, bytes held, and bytes by digest."""
-        held = {digest: found.nbytes for digest, found in self._objects.items()}
-        return self._capacity, sum(held.values()), held
-
-    def make_room(self, digest: str, nbytes: int, registry: str) -> None:
-        """Refuse a model that would not fit: Plasma itself would put it into a file on disk, and say nothing."""
-        if digest in self._objects:
-            return
-        self._forget_deleted()
-        capacity, used, _ = self.usage()
-        if used + nbytes + MARGIN > capacity:
-            self._refuse(nbytes, registry, f"{_mb(used)} of the store's {_mb(capacity)} are taken")
-        # What was deleted a moment ago, readers may keep for a moment more.
-        self._forgotten = [(since, size) for since, size in self._forgotten if monotonic() - since < KEPT + 0.5]
-        if used + nbytes + MARGIN + sum(size for _, size in self._forgotten) > capacity:
-            sleep(max(0.0, max(since for since, _ in self._forgotten) + KEPT + 0.5 - monotonic()))
-
-    def _forget_deleted(self) -> None:
-        # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
-        known = {held.registry: Registry(held.registry).digests() for held in self._objects.values()}
-        for digest, held in list(self._objects.items()):
-            if digest not in known[held.registry]:
-                self.forget(digest)
-
-    def _refuse(self, nbytes: int, registry: str, why: str) -> NoReturn:
-        names = {version.digest: str(version) for version in Registry(registry).versions()}
-        held = self.usage()[2]
-        listed = ", ".join(f"{names.get(digest, digest[:12])} ({_mb(size)})" for digest, size in held.items())
-        raise StoreFull(
-            f"a model of {_mb(nbytes)} does not fit: {why}{'; held are ' + listed if listed else ''}. Delete what is "
-            "not needed (zcinfer rm NAME), or give Ray more memory (DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray "
-            "start --object-store-memory), or use the store 'file'."
-        )
 
 
 class RayStore:
@@ -220,7 +115,7 @@ class RayStore:
         """Start a Ray of our own on this machine, which ends with this store or this process."""
         _refuse_another(None)
         memory = config.get("ray.object-store-memory")
-        nbytes = None if memory is None else config.nbytes(memory, "zcinfer.ray.object-store-memory")
+        nbytes = None if memory is None else parse_size(memory, "zcinfer.ray.object-store-memory")
         own = keeper.start(nbytes, timeout=float(config.get("ray.start-timeout")))
         try:
             return cls(own.address, registry, keeper.ray_environment(), own)
@@ -522,7 +417,7 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
             # itself: an environment of its own would keep the holder from the worker process that is there already.
             runtime_env={} if ours else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
         )
-        .remote(capacity)
+        .remote(capacity, ray.put, ray.get)
     )
     # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
     # that the first load takes what later ones take.
@@ -530,17 +425,6 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
     page = Plasma(ray.get(reference))
     page.map(0, 1)
     return holder, page.raylet(), {digest: (_read(head), refs) for digest, (head, refs) in offers.items()}
-
-
-def _own_weights(archive: Archive, description: Description) -> Bytes:
-    """The storages that do not lie in the base, where the description has them, with a margin in front."""
-    whole = archive.weights()
-    padded = np.zeros(MARGIN + description.nbytes, np.uint8)
-    for number, (spec, place) in enumerate(zip(archive.description.storages, description.storages, strict=True)):
-        if number not in description.in_base:
-            start = MARGIN + place.offset
-            padded[start : start + spec.nbytes] = whole[spec.offset : spec.offset + spec.nbytes]
-    return padded
 
 
 def _read(head: bytes) -> Head:
@@ -567,7 +451,3 @@ def _join_within(seconds: float, function: Callable[[], T]) -> tuple[T | None, B
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "")
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.0f} MB"

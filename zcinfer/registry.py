@@ -30,6 +30,7 @@ from urllib.parse import quote, unquote
 from .archive import Archive, copy_archive, sync_directory, write_archive, write_file
 from .config import check_owner, private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
+from .sizes import format_size
 
 if TYPE_CHECKING:
     from .parts import Parts
@@ -67,8 +68,8 @@ class Registry:
         free = shutil.disk_usage(private_directory(self.directory)).free
         if nbytes > free and not self._is_complete(digest):
             raise StoreFull(
-                f"a model of {nbytes / 1e6:,.0f} MB does not fit on the disk of {self.directory}, which has "
-                f"{free / 1e6:,.0f} MB to give. Delete what is not needed (zcinfer rm NAME), or set "
+                f"a model of {format_size(nbytes)} does not fit on the disk of {self.directory}, which has "
+                f"{format_size(free)} to give. Delete what is not needed (zcinfer rm NAME), or set "
                 "DASK_ZCINFER__REGISTRY to a larger disk."
             )
 

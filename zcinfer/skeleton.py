@@ -20,9 +20,18 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn import Module
 
-from .canonical import PRIVATE, home_of, is_plain, reduce_refused, shared_bytes, storage_key
+from .bytecode import home_of
 from .description import BUFFER_DTYPES, TensorSpec
-from .programs import is_program, load_exported, load_script, program_bytes
+from .pickling import (
+    PRIVATE,
+    is_plain,
+    new_cache,
+    new_parametrized,
+    reduce_refused,
+    shared_bytes,
+    storage_key,
+)
+from .programs import as_tensor, is_program, load_exported, load_script, program_bytes
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
     from cloudpickle import Pickler as _BasePickler
@@ -48,7 +57,7 @@ class Taken:
         self.tensors: list[torch.Tensor] = []  # keeps ids valid
         self.storages: list[torch.UntypedStorage] = []
         self.private: list[tuple[Any, int]] = []  # what each process holds for itself, and its bytes
-        self.programs: list[Any] = []
+        self.programs: dict[int, tuple[Any, bytes]] = {}  # by id, with their bytes
         self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
         self._tensor_index: dict[int, int] = {}
         self._storage_index: dict[tuple[Any, ...], int] = {}
@@ -106,7 +115,7 @@ def load(skeleton: bytes, tensors: Sequence[torch.Tensor], storages: Sequence[An
     table.storages = storages
     fake = storages is None
     adopt_tensor, array = (_update_fake, _array_fake) if fake else (_ADOPT_TENSOR, _array)
-    table.update(enumerate((_ADOPT, adopt_tensor, tensors.__getitem__, array)))
+    table.update(enumerate((_ADOPT, adopt_tensor, tensors.__getitem__, array, *_CONSTANT)))
     unpickler.persistent_load = table.__getitem__
     return unpickler.load()
 
@@ -136,7 +145,8 @@ def _array_fake(_: torch.Tensor, dtype: Any, shape: tuple[int, ...], order: Any,
 # Functions that a skeleton calls, by their numbers in it (most are C's); tensors have the numbers that follow.
 _ADOPT = vars(Module)["__dict__"].__set__  # module.__dict__ = state
 _ADOPT_TENSOR = vars(torch.Tensor)["__dict__"].__set__
-_FUNCTIONS = {id(_ADOPT): 0, id(_ADOPT_TENSOR): 1, id(_tensor): 2, id(_array): 3}
+_CONSTANT = (new_parametrized, new_cache, load_script, load_exported)
+_FUNCTIONS = {id(f): number for number, f in enumerate((_ADOPT, _ADOPT_TENSOR, _tensor, _array, *_CONSTANT))}
 
 _PRIVATE = frozenset((bytes, bytearray, str))
 
@@ -159,10 +169,10 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
 
     def reducer_override(self, obj: Any) -> Any:
         if is_program(obj):
-            content = torch.frombuffer(bytearray(program_bytes(obj)), dtype=torch.uint8)
-            self._taken.programs.append(obj)
-            self._taken.private.append((obj, content.nbytes))
-            return load_exported if isinstance(obj, ExportedProgram) else load_script, (content,)
+            content = program_bytes(obj)
+            self._taken.programs[id(obj)] = obj, content
+            self._taken.private.append((obj, len(content)))
+            return load_exported if isinstance(obj, ExportedProgram) else load_script, (as_tensor(content),)
         if isinstance(obj, np.ndarray) and obj.nbytes > PRIVATE:
             flat = shared_bytes(obj)
             if flat is not None:

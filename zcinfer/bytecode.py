@@ -1,0 +1,151 @@
+"""What the code of a class or function is, as a digest, and whether another process finds it by importing it.
+
+Compiled code, without file names and line numbers: digests agree between processes of one Python minor version. Not
+for what else a class has: `canonical` walks that.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import hashlib
+import struct
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+try:
+    import cloudpickle
+except ImportError:
+    cloudpickle = None
+
+# What is told by its value alone, with bytes that say it.
+ATOMS: dict[type, Callable[[Any], bytes]] = {
+    type(None): lambda _: b"",
+    bool: lambda value: b"1" if value else b"0",
+    int: lambda value: hex(value).encode(),
+    float: lambda value: struct.pack("<d", value),
+    complex: lambda value: struct.pack("<dd", value.real, value.imag),
+    str: lambda value: value.encode("utf-8", "surrogatepass"),
+    bytes: lambda value: value,
+    type(Ellipsis): lambda _: b"",
+    type(NotImplemented): lambda _: b"",
+    torch.dtype: lambda value: str(value).encode(),
+    torch.device: lambda value: str(value).encode(),
+    torch.Size: lambda value: repr(tuple(value)).encode(),
+}
+
+
+def is_importable(obj: Any) -> bool:
+    """Whether another process finds ``obj`` by importing its module (else it must travel by value)."""
+    module = getattr(obj, "__module__", None)
+    if module is None or module not in sys.modules or not _by_reference(module):
+        return False
+    found: Any = sys.modules[module]
+    for name in obj.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is obj
+
+
+def home_of(function: types.FunctionType) -> types.ModuleType | None:
+    """The importable module whose globals a function uses; None: they travel with the function, by value.
+
+    A function made within one of the module's shares state with it through them, as hooks of transformers do.
+    """
+    module = sys.modules.get(function.__module__ or "")
+    if module is None or vars(module) is not function.__globals__ or getattr(module, "__spec__", None) is None:
+        return None
+    return module if _by_reference(module.__name__) else None
+
+
+def _by_reference(module: str) -> bool:
+    return module != "__main__" and not (
+        cloudpickle is not None
+        and any(f"{module}.".startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value())
+    )
+
+
+@functools.cache
+def class_code(cls: type) -> bytes:
+    """SHA-256 of the compiled code of the functions that an importable ``cls`` itself defines."""
+    total = hashlib.sha256()
+    for name, value in sorted(vars(cls).items()):
+        code = member_code(value)
+        if code:
+            total.update(name.encode() + b"\0" + code)
+    return total.digest()
+
+
+def member_code(value: Any) -> bytes:
+    """Code and constant defaults of all functions in a function or class member, decorated or not; or nothing."""
+    return b"".join(_function_codes(value, set()))
+
+
+def _function_codes(value: Any, seen: set[int]) -> Iterator[bytes]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    within: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        yield code_digest(value.__code__)
+        yield _constant((value.__defaults__, tuple((value.__kwdefaults__ or {}).items())))
+        # A decorator that does not say __wrapped__ has what it decorates in its closure.
+        cells = [cell.cell_contents for cell in value.__closure__ or () if is_filled(cell)]
+        within = [value.__dict__.get("__wrapped__"), *(cell for cell in cells if isinstance(cell, types.FunctionType))]
+    elif isinstance(value, staticmethod | classmethod):
+        yield type(value).__name__.encode()
+        within = [value.__func__]
+    elif isinstance(value, property):
+        within = [value.fget, value.fset, value.fdel]
+    elif isinstance(value, functools.partial | functools.partialmethod | functools.cached_property):
+        within = [value.func]
+    elif isinstance(value, functools._lru_cache_wrapper):
+        within = [value.__wrapped__]
+    for part in within:
+        yield from _function_codes(part, seen)
+
+
+def code_digest(code: types.CodeType) -> bytes:
+    """SHA-256 of a code object without file names and line numbers; constant sets are sorted."""
+    total = hashlib.sha256(code.co_code)
+    total.update(
+        repr(
+            (
+                (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars),
+                (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
+                (code.co_flags, code.co_exceptiontable),
+            )
+        ).encode()
+    )
+    for constant in code.co_consts:
+        total.update(_constant(constant))
+    return total.digest()
+
+
+def _constant(value: Any) -> bytes:
+    """SHA-256 of a constant; of a thing that a compiler could not have made, its class alone counts."""
+    if isinstance(value, types.CodeType):
+        return code_digest(value)
+    if isinstance(value, frozenset):
+        return b"{" + b"".join(sorted(_constant(item) for item in value)) + b"}"
+    if isinstance(value, tuple):
+        return b"(" + b"".join(_constant(item) for item in value) + b")"
+    content = repr(value) if type(value) in ATOMS or isinstance(value, slice) else ""
+    return hashlib.sha256(f"{type(value).__name__}:{content}".encode("utf-8", "surrogatepass")).digest()
+
+
+def global_names(code: types.CodeType) -> set[str]:
+    # Not co_names, which has the names of attributes as well.
+    names = {step.argval for step in dis.get_instructions(code) if "GLOBAL" in step.opname}
+    return names.union(*(global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)))
+
+
+def is_filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""What the digest's walk and the skeleton's pickler agree on: what is a tensor, what is shared, how things reduce.
+
+Not the walk (`canonical`) and not the pickle (`skeleton`).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import io
+import typing
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils import parametrize
+
+from .bytecode import is_importable
+
+try:  # It carries more than pickle does (views of dicts, for one), and what it carries counts.
+    import cloudpickle
+except ImportError:
+    cloudpickle = None
+
+# Dictionaries of a module whose keys are torch's count of all hooks that this process ever made.
+HOOKS = tuple(name for name in vars(torch.nn.Module()) if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
+
+# Bytes above which arrays are shared, and it is told that every process holds another thing for itself.
+PRIVATE = 4096
+
+_REDUCERS = cloudpickle.Pickler.dispatch_table if cloudpickle is not None else copyreg.dispatch_table
+
+# By cloudpickle text files travel as their content, which nobody has asked for, and type variables with random ids.
+_NOT_BY_CLOUDPICKLE = (io.TextIOWrapper, typing.TypeVar)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a table entry over a storage says all there is to say about ``tensor``.
+
+    But for attributes of its own in ``__dict__``. Others (sparse, quantised, subclasses, conjugate views) go the way
+    of torch's own pickling, which comes down to storages and plain tensors again.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor._backward_hooks
+    )
+
+
+def reduce(obj: Any) -> Any:
+    """What pickle stores of ``obj``, of those that it does not handle by itself."""
+    reducer = _REDUCERS.get(type(obj)) if type(obj) not in _NOT_BY_CLOUDPICKLE else None
+    return reduce_refused(obj) or (reducer(obj) if reducer is not None else obj.__reduce_ex__(4))
+
+
+def reduce_refused(obj: Any) -> Any:
+    """How to carry what pickle, with or without cloudpickle, does not; None for anything else."""
+    kind = type(obj)
+    if isinstance(obj, torch.nn.Module) and kind.__module__ == parametrize.__name__ and not is_importable(kind):
+        # A class of its own for each module with parametrizations, whose __getstate__ only refuses.
+        base: Any = kind.__bases__[0]
+        names = tuple(vars(obj)["_modules"]["parametrizations"])
+        return new_parametrized, (base, names), base.__getstate__(obj)
+    if kind is functools._lru_cache_wrapper and not is_importable(obj):
+        return new_cache, (obj.__wrapped__, obj.cache_parameters())
+    if kind is functools.cached_property:
+        return kind, (obj.func,), {"attrname": obj.attrname}  # and not its lock, which it had up to Python 3.11
+    return None
+
+
+def new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
+    module = base.__new__(base)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def shared_bytes(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
+    """The bytes of an array that is shared as a tensor is (uint8, no copy); None for small ones and others."""
+    whole = array.flags.c_contiguous or array.flags.f_contiguous
+    if type(array) is not np.ndarray or array.nbytes <= PRIVATE or array.dtype.hasobject or not whole:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that are not writable
+        return torch.from_numpy(array.ravel(order="K").view(np.uint8))
+
+
+def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:
+    """Key that is equal for two storages exactly if they are the same memory."""
+    if storage.nbytes() == 0:
+        return ("empty", storage._cdata)
+    return (str(storage.device), storage.data_ptr(), storage.nbytes())
