@@ -159,7 +159,7 @@ def test_a_killed_demo_leaves_nothing(world: World, number: signal.Signals, mome
     program = world.start("demo", "--quick", "--out", str(world.directory / "out.zarr"))
     after_line(moment)(program)
     program.send_signal(number)
-    program.communicate(timeout=40)  # three seconds, and in proportion to what else the machine does
+    program.communicate(timeout=20)
     assert program.returncode != 0
     world.assert_nothing_left()
     assert not (world.directory / "out.zarr").exists()
