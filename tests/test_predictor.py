@@ -370,12 +370,10 @@ def test_batches_equal_the_plain_loop(rows: int, batch: int) -> None:
     assert np.array_equal(predictor_of(mlp(), batch_size=batch)(x), by_hand(mlp(), x, batch=batch))
 
 
-def test_auto_batch_is_by_the_bytes_of_a_row() -> None:
+def test_auto_batch_of_few_rows_is_by_the_bytes_of_a_row() -> None:
     predictor = predictor_of(Apply(lambda x, _: x.flatten(1).sum(1)).eval())
     for length, expected in [(1, 1024), (64, 1024), (100, 512), (1 << 12, 16), (1 << 20, 8)]:
-        binding = predictor.bind([Rows((length,), np.dtype("float32"))]).binding
-        assert binding is not None
-        assert binding.batch_size == expected
+        assert predictor.bind([Rows((length,), np.dtype("float32"))]).planned([10]) == expected
 
 
 @pytest.mark.parametrize("batch", [0, -1, 2.5, "big", None])

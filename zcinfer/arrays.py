@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -12,18 +16,33 @@ import numpy as np
 from .errors import InputError, SettingsError
 from .outputs import Output
 from .predictor import Predictor
-from .rows import first_rows, refuse_masked, rows_of
+from .rows import Rows, first_rows, refuse_masked, rows_of
+from .sizes import format_size
 from .store import ModelRef
+
+log = logging.getLogger("zcinfer")
+
+# Of `predict`, with a `Predictor`.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Predictor.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "keywords"
+}
 
 
 def predict(
     model: str | ModelRef | Predictor,
     *arrays: Any,
     batch_size: int | str = "auto",
-    output: Output = None,
+    output: Output | Sequence[Output] = None,
     method: str = "forward",
     training: str = "refuse",
     device: str | None = None,
+    preprocess: Callable[..., Any] | None = None,
+    postprocess: Callable[..., Any] | None = None,
+    autocast: str | None = None,
+    dtype: str | None = None,
+    sort_by: str | None = None,
     **inputs: Any,
 ) -> Any:
     """Apply a model to arrays, row by row along axis 0.
@@ -35,22 +54,20 @@ def predict(
     *arrays : numpy.ndarray or dask.array.Array
         ``(rows, ...)`` each; passed to the model by position.
     batch_size : int or "auto"
-        Rows that one forward gets. "auto": a power of two between 8 and 1,024, by the bytes of a row. Batches begin at
-        each block's first row, so that a chunking and a batch size determine the result to the last bit.
-    output : str, int or callable, optional
-        Which output: a key or attribute, a position, or ``f(output, inputs) -> tensor``. Default: the only tensor.
-    method : str
-        Method of the model to call.
-    training : {"refuse", "eval", "keep"}
-        What to do with a model that has submodules in train mode.
-    device : str, optional
-        Default: "cuda" where there is one, else "cpu".
+        Rows that one forward gets. "auto": measured once for this model, rows of this kind and this device, before the
+        first block, and remembered beside the registry; by the bytes of a row where there are few rows. Batches begin
+        at each block's first row, so that a chunking and a batch size determine the result to the last bit.
+    output : str, int or callable, or a list of them, optional
+        Which output: a key or attribute, a position, or ``f(output, inputs) -> tensor``. A list: several arrays, of one
+        pass over the inputs if they are computed together. Default: the only tensor.
+    method, training, device, preprocess, postprocess, autocast, dtype, sort_by
+        As for `Predictor`.
     **inputs : numpy.ndarray or dask.array.Array, or anything else
         Arrays are passed to the model by keyword, row by row; other values as they are.
 
     Returns
     -------
-    numpy.ndarray or dask.array.Array
+    numpy.ndarray or dask.array.Array, or a tuple of them
         ``(rows, ...)``: computed at once in this process if all inputs are NumPy arrays; lazy, in the row chunks of the
         first input, if any is a dask array.
 
@@ -91,14 +108,24 @@ def predict(
             raise InputError(
                 f"input {number} is a {type(array).__name__}: give a NumPy or dask array, for example np.asarray(x)"
             )
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "output": output,
+        "method": method,
+        "training": training,
+        "device": device,
+        "preprocess": preprocess,
+        "postprocess": postprocess,
+        "autocast": autocast,
+        "dtype": dtype,
+        "sort_by": sort_by,
+    }
     if isinstance(model, Predictor):
-        if constants or (batch_size, output, method, training, device) != ("auto", None, "forward", "refuse", None):
+        if constants or settings != _DEFAULTS:
             raise SettingsError("a Predictor brings its own settings: give them to it, and not to predict")
         predictor = copy.copy(model)
     else:
-        predictor = Predictor(
-            model, batch_size=batch_size, output=output, method=method, training=training, device=device, **constants
-        )
+        predictor = Predictor(model, **settings, **constants)
     if named:
         predictor.keywords = tuple(named)
     if all(isinstance(array, np.ndarray) for array in every):
@@ -114,11 +141,9 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
     for array in inputs:
         refuse_masked(array if isinstance(array, np.ndarray) else array._meta)
     row_chunks = next(array.chunks[0] for array in inputs if isinstance(array, da.Array))
-    arrays = [_rechunk(array, row_chunks) for array in inputs]
+    arrays = [_rechunk(array, row_chunks, number) for number, array in enumerate(inputs)]
     bound = predictor.bind(specs, lambda: [first_rows(array) for array in arrays])
     assert bound.binding is not None
-    result = bound.binding.output
-
     starts = np.cumsum([0, *row_chunks])[:-1].tolist()
     where = ArrayValuesDep(
         (row_chunks,), {(i,): (i, None if start != start else int(start)) for i, start in enumerate(starts)}
@@ -128,26 +153,31 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
     pairs: list[Any] = [where, (0,)]
     for array in arrays:
         pairs += [array, (0, *(next(axes) for _ in array.shape[1:]))]
-    new = {next(axes): length for length in result.shape}
-    return da.blockwise(
-        partial(_run_block, bound),
-        (0, *new),
-        *pairs,
-        new_axes=new,
-        dtype=result.dtype,
-        meta=np.empty((0,) * (1 + len(result.shape)), result.dtype),
-        concatenate=True,
-        align_arrays=False,
-        name="predict-" + _token(bound, arrays),
+    options = {"concatenate": True, "align_arrays": False, "batch_rows": bound.planned(row_chunks)}
+    name = "predict-" + _token(bound, arrays)
+    function = partial(_run_block, bound)
+
+    def layer(function: Callable[..., Any], output: Rows, *pairs: Any, **options: Any) -> Any:
+        new = {next(axes): length for length in output.shape}
+        meta = np.empty((0,) * (1 + len(new)), output.dtype)
+        return da.blockwise(function, (0, *new), *pairs, new_axes=new, dtype=output.dtype, meta=meta, **options)
+
+    if not bound.binding.several:
+        return layer(function, bound.binding.output, *pairs, **options, name=name)
+    # A block of these is the tuple of all outputs.
+    passes = layer(function, Rows((), np.dtype(object)), *pairs, **options, name=name)
+    return tuple(
+        layer(itemgetter(number), output, passes, (0,), name=f"output-{number}-{name}")
+        for number, output in enumerate(bound.binding.outputs)
     )
 
 
-def _run_block(predictor: Predictor, where: tuple[int, int | None], *blocks: Any) -> Any:
+def _run_block(predictor: Predictor, where: tuple[int, int | None], *blocks: Any, batch_rows: int) -> Any:
     number, first_row = where
-    return predictor.run_block(blocks, f"block {number}", first_row)
+    return predictor.run_block(blocks, f"block {number}", first_row, batch_rows)
 
 
-def _rechunk(array: Any, row_chunks: tuple[Any, ...]) -> Any:
+def _rechunk(array: Any, row_chunks: tuple[Any, ...], number: int) -> Any:
     """The array as a dask array in the given row chunks, with every other axis in one chunk."""
     import dask.array as da
 
@@ -160,6 +190,18 @@ def _rechunk(array: Any, row_chunks: tuple[Any, ...]) -> Any:
     if not known and (isinstance(array, np.ndarray) or len(array.chunks[0]) != len(row_chunks)):
         raise InputError("the inputs have unknown and different row chunks: call compute_chunk_sizes() on them")
     chunks: dict[int, Any] = {axis: -1 for axis in range(1, array.ndim) if len(array.chunks[axis]) > 1}
+    if chunks:
+        pieces = math.prod(len(array.chunks[axis]) for axis in chunks)
+        held = format_size(int(max(row_chunks) * rows_of(array).nbytes)) if known else "all of its rows"
+        log.warning(
+            "input %d is cut along %s, and a model needs whole rows: %d chunks are read and joined for each block, "
+            "which then holds %s. Chunks of whole rows (x.rechunk(%s), once, on disk) would spare that",
+            number,
+            " and ".join(f"axis {axis}" for axis in chunks),
+            pieces,
+            held,
+            chunks,
+        )
     if known and array.chunks[0] != row_chunks:
         chunks[0] = row_chunks
     return array.rechunk(chunks) if chunks else array

@@ -23,6 +23,10 @@ DEFAULTS: dict[str, Any] = {
     "trust-registry": False,
     # Modules a process keeps built, over all models; the least recently used go first
     "residents": 32,
+    # Processes that share this one's device and memory; a cluster of ours says how many it has
+    "jobs": 1,
+    # Threads of a process that compute at a time; None: as many as there are cores for
+    "computing": None,
     "ray": {
         # Address of a running Ray; None: $RAY_ADDRESS, else a private one is started
         "address": None,

@@ -13,6 +13,7 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask import compute
 
 from .arrays import predict
 from .catalog import ready
@@ -157,22 +158,34 @@ class Job:
         predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
-        binding = self.predictor.binding
-        assert binding is not None
+        if self.predictor.several:
+            raise SettingsError("a job writes one array, and several outputs were asked for: run one job for each")
         self.identity = {
             "model": str(predictor.ref),
             "digest": predictor.ref.digest,
             "settings": predictor.fingerprint(),
-            "batch_size": binding.batch_size,
             "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
         }
         self.place.check(_manifest(self._lazy(), self.identity), resume)
+        # An earlier run's, if there was one: other batches would change last bits.
+        self.batch_rows = self.place.recorded("batch_rows") if resume else None
 
     def run(self, progress: bool = True) -> Report:
         """Do it, on the current Dask client's cluster and with the current store."""
         self.predictor.ref = ready(self.predictor.ref)
+        if self.batch_rows is None:
+            (self.batch_rows,) = compute(self.predictor.planned(next(iter(self.arrays.values())).chunks[0]))
+        self.predictor.batch_size = self.batch_rows
         label = str(self.predictor.ref)
-        return write(self._lazy(), self.place, self.identity, resume=self.resume, label=label, progress=progress)
+        return write(
+            self._lazy(),
+            self.place,
+            self.identity,
+            resume=self.resume,
+            label=label,
+            progress=progress,
+            batch_rows=self.batch_rows,
+        )
 
     def _lazy(self) -> da.Array:
         if self.named:
@@ -193,6 +206,7 @@ def write(
     resume: bool = True,
     label: str = "writing",
     progress: bool = True,
+    batch_rows: int | None = None,
 ) -> Report:
     """Compute a lazy array block by block into a zarr array that appears, complete, under the name ``target``.
 
@@ -207,6 +221,8 @@ def write(
         As for `run`.
     label : str
         What to call the job.
+    batch_rows : int, optional
+        Rows of a batch, kept for a restart.
 
     Returns
     -------
@@ -219,7 +235,7 @@ def write(
         raise OutputError(
             f"the row chunks {lengths[:4]}... have different or unknown lengths: rechunk the input, x.rechunk({{0: n}})"
         )
-    manifest = _manifest(array, identity)
+    manifest = _manifest(array, identity) | {"batch_rows": batch_rows}
 
     def report(computed: int) -> Report:
         shape = tuple(array.shape)

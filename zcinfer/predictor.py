@@ -1,7 +1,7 @@
-"""The callable that runs a model on one block: cast, cut into batches, forward, pick the output, back to NumPy.
+"""The callable that runs a model on one block: cut into batches, cast, forward, pick the outputs, back to NumPy.
 
-It carries a `ModelRef`, never weights. Before any work it is *bound* to the inputs' row shapes: the output's shape and
-dtype are found without weights, so that lazy arrays know theirs. Works without Dask; not for graphs (`arrays`).
+It carries a `ModelRef`, never weights. Before any work it is *bound* to the inputs' row shapes (`binding`), so that
+lazy arrays know theirs. Works without Dask; not for graphs (`arrays`).
 """
 
 from __future__ import annotations
@@ -9,51 +9,36 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from .batches import Lengths, cut, in_halves, name_of
+from .binding import Binding, find_binding, finished, input_name
+from .calling import Call
 from .canonical import Canonical
 from .catalog import describe, ready
+from .computing import computing
 from .description import sha256_each
 from .errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
 from .loading import device_of, residents
-from .outputs import Output, OutputFunctionError, choose, rows_axis
+from .outputs import Output
 from .parts import storage_bytes
-from .probing import explain, furthest, weightless
-from .rows import Array, Rows, as_block, candidate_casts, first_rows, rows_of, to_numpy, to_tensor, two_rows, zeros
+from .probing import explain
+from .rows import Array, Rows, as_block, first_rows, rows_of, to_tensor
+from .sizes import format_size
 from .store import ModelRef
+from .tuning import Place, Size, device_name, is_out_of_memory, jobs_here, measure, memory_budget
 
 log = logging.getLogger("zcinfer")
 
 
-# "auto" starts from the bytes of a row: activations grow with them, and small rows need many to a batch.
+# Where it does not pay to measure, "auto" goes by the bytes of a row: activations grow with them.
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
-_TORCH_INTEGERS = frozenset(("uint8", "int8", "int16", "int32", "int64"))
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What was found for given inputs.
-
-    Attributes
-    ----------
-    inputs : tuple of Rows
-        As they come.
-    casts : tuple of str
-        torch's name of the dtype that each input is cast to.
-    output : Rows
-        As it goes out.
-    batch_size : int
-        Rows that one forward gets, at most.
-    """
-
-    inputs: tuple[Rows, ...]
-    casts: tuple[str, ...]
-    output: Rows
-    batch_size: int
+# Batches of that size that there must be before measuring pays.
+_WORTH_MEASURING = 8
 
 
 class Predictor:
@@ -64,16 +49,30 @@ class Predictor:
     model : str or ModelRef
         A name means its newest version now.
     batch_size : int or "auto"
-        Rows that one forward gets. "auto": a power of two between 8 and 1,024, by the bytes of a row.
-    output : str, int or callable, optional
+        Rows that one forward gets. "auto": measured once for this model, rows of this kind and this device, and
+        remembered beside the registry; by the bytes of a row where there are few rows.
+    output : str, int or callable, or a list of them, optional
         Which output: a key or attribute, a position, or a function ``f(output, inputs) -> tensor``, where ``inputs``
-        are the tensors that the model got (a tuple, or a dict if they went by keyword). Default: the only tensor.
+        are the tensors that the model got (a tuple, or a dict if they went by keyword). A list: several outputs, as a
+        tuple. Default: the only tensor.
     method : str
         Method of the model to call.
     training : {"refuse", "eval", "keep"}
         What to do with a model that has submodules in train mode.
     device : str, optional
         Default: "cuda" where there is one, else "cpu".
+    preprocess : callable, optional
+        ``f(*inputs)`` of NumPy rows, in the worker, batch by batch: gives an array of as many rows, a tuple of them,
+        or a dict of them by the model's names. It is tried on zeros first, to find its shapes.
+    postprocess : callable, optional
+        ``f(*outputs)`` of NumPy rows: gives an array of as many rows, or a tuple of them. It is tried on zeros too.
+    autocast : {"bfloat16", "float16"}, optional
+        Let torch use this dtype in operators that can do with less precision.
+    dtype : str, optional
+        Floating dtype that floating outputs are given.
+    sort_by : str, optional
+        "length", or the name of a mask ``(rows, tokens)``: rows of like length go into one batch, which is cut to its
+        longest. Results are in the order of the inputs; positions that were cut off are zero in them.
     keywords : sequence of str
         Names under which the last inputs go to the model.
     **constants
@@ -87,9 +86,9 @@ class Predictor:
     --------
     >>> import numpy as np, torch, zcinfer as zc
     >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(4, 2).eval(), "doc-predictor")
-    >>> p = Predictor("doc-predictor")
+    >>> p = Predictor("doc-predictor", postprocess=lambda y: y.argmax(axis=1))
     >>> p(np.ones((10, 4), np.float32)).shape
-    (10, 2)
+    (10,)
     """
 
     def __init__(
@@ -97,10 +96,15 @@ class Predictor:
         model: str | ModelRef,
         *,
         batch_size: int | str = "auto",
-        output: Output = None,
+        output: Output | Sequence[Output] = None,
         method: str = "forward",
         training: str = "refuse",
         device: str | None = None,
+        preprocess: Callable[..., Any] | None = None,
+        postprocess: Callable[..., Any] | None = None,
+        autocast: str | None = None,
+        dtype: str | None = None,
+        sort_by: str | None = None,
         keywords: Sequence[str] = (),
         **constants: Any,
     ):
@@ -109,14 +113,13 @@ class Predictor:
         if training not in ("refuse", "eval", "keep"):
             raise SettingsError(f"training is {training!r}: choose 'refuse', 'eval' or 'keep'")
         device_of(device)
+        self.call = Call(method, output, preprocess, postprocess, autocast, dtype, constants)
         self.ref = ready(model)
         self.batch_size = batch_size if isinstance(batch_size, str) else int(batch_size)
-        self.output = output
-        self.method = method
         self.training = training
         self.device = device
+        self.sort_by = sort_by
         self.keywords = tuple(keywords)
-        self.constants = constants
         self.binding: Binding | None = None
         self._found: dict[tuple[Any, ...], Binding] = {}
         description, _ = describe(self.ref)
@@ -138,13 +141,12 @@ class Predictor:
     def fingerprint(self) -> str:
         """SHA-256 of model and settings; the same in every process, also with functions of ``__main__``."""
         canonical = Canonical(lambda storage: sha256_each([storage_bytes(storage)])[0])
-        settings = (self.output, self.method, self.training, self.device, self.keywords, self.constants)
-        casts = self.binding and (self.binding.casts, self.binding.batch_size)
-        canonical.add((self.ref.digest, self.batch_size, settings, casts))
+        settings = (vars(self.call), self.training, self.device, self.sort_by, self.keywords)
+        canonical.add((self.ref.digest, self.batch_size, settings, self.binding and self.binding.casts))
         return canonical.hexdigest()
 
     def bind(self, inputs: Sequence[Rows], sample: Callable[[], Sequence[Array]] | None = None) -> Predictor:
-        """The predictor for inputs of these row shapes and dtypes, with its output's shape and dtype found.
+        """The predictor for inputs of these row shapes and dtypes, with its outputs' shapes and dtypes found.
 
         Parameters
         ----------
@@ -165,58 +167,21 @@ class Predictor:
         OutputError
             Its output has no rows, or several outputs and none was chosen.
         """
-        known = self._found.get((self.keywords, *inputs))
-        if known is not None:
-            return self._with(known, inputs)
-        for number, rows in enumerate(inputs):
-            if rows.dtype.kind not in "biufc":
-                raise InputError(
-                    f"{self._input_name(number, len(inputs))} has dtype {rows.dtype}, which is not numeric: convert it "
-                    "first, for example with .astype('float32')"
-                )
-        description, skeleton = describe(self.ref)
-        failures: list[Exception] = []
-        candidates = list(candidate_casts(inputs, description.dtype))
-
-        def attempt(run: Callable[[tuple[str, ...]], Rows]) -> Binding | None:
-            for casts in candidates:
-                try:
-                    output = run(casts)
-                except ZcinferError:
-                    raise
-                except Exception as error:
-                    failures.append(error)
-                else:
-                    return Binding(tuple(inputs), casts, output, self._batch_rows(inputs))
-            return None
-
-        binding = attempt(lambda casts: self._output_of_fake(inputs, casts, description, skeleton))
-        if binding is None:
-            two = [two_rows(r, array) for r, array in zip(inputs, sample() if sample else zeros(inputs), strict=True)]
-            binding = attempt(lambda casts: self._output_of_real(two, casts))
-            if binding is None:
-                found = ", ".join(
-                    f"{self._input_name(number, len(inputs))} {rows}" for number, rows in enumerate(inputs)
-                )
-                failure = furthest(failures[len(failures) // 2 :])  # those on real rows
-                if isinstance(failure, OutputFunctionError):
-                    raise OutputError(f"{self.ref}: {failure}") from failure
-                raise InputError(
-                    f"{self.ref} ({description.class_name}) does not take these inputs: found {found}; "
-                    f"{explain(failure)}. Give rows of the shape and dtype that the model was made for."
-                ) from failure
-            log.info(
-                "the output of %s could not be found without weights (%s); two rows were run on the CPU",
-                self.ref,
-                type(failures[0]).__name__,
-            )
-        return self._with(binding, inputs)
-
-    def _with(self, binding: Binding, inputs: Sequence[Rows]) -> Predictor:
-        self._found[self.keywords, *inputs] = binding
+        key = (self.keywords, *inputs)
+        if key not in self._found:
+            self._found[key] = find_binding(self.ref, self.call, self.training, inputs, self.keywords, sample)
         bound = copy.copy(self)
-        bound.binding = binding
+        bound.binding = self._found[key]
         return bound
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several outputs. For a bound predictor."""
+        return self._bound().several
+
+    def _bound(self) -> Binding:
+        assert self.binding is not None
+        return self.binding
 
     def like(self, *arrays: Any) -> dict[str, Any]:
         """Keywords for ``x.map_blocks(p, **p.like(x))``: dtype, meta, chunks and changed axes of the result.
@@ -239,8 +204,8 @@ class Predictor:
             if any(len(lengths) > 1 for lengths in array.chunks[1:]):
                 axes = dict.fromkeys(range(1, array.ndim), -1)
                 raise InputError(f"the axes after the first are cut into several chunks: use x.rechunk({axes})")
-        binding = self.bind([rows_of(a) for a in arrays], lambda: [first_rows(a) for a in arrays]).binding
-        assert binding is not None
+        bound = self.bind([rows_of(a) for a in arrays], lambda: [first_rows(a) for a in arrays])
+        binding = bound._bound()
         shape, ndim = binding.output.shape, arrays[0].ndim
         return {
             "dtype": binding.output.dtype,
@@ -249,15 +214,17 @@ class Predictor:
             "drop_axis": list(range(1, ndim)),
             "new_axis": list(range(1, 1 + len(shape))),
             "binding": binding,
+            "rows": bound.planned(arrays[0].chunks[0]),
         }
 
     def __call__(
         self,
         *blocks: Array,
         binding: Binding | None = None,
+        rows: int | None = None,
         block_id: tuple[int, ...] | None = None,
         **inputs: Array,
-    ) -> Array:
+    ) -> Any:
         """Run the model on blocks of rows.
 
         Parameters
@@ -266,12 +233,14 @@ class Predictor:
             ``(rows, ...)`` each, with equal numbers of rows.
         binding : Binding, optional
             From `like`. Default: found at the first call for rows of a kind, and remembered.
+        rows : int, optional
+            Rows of a batch, from `like`.
         block_id : tuple of int, optional
             Given by ``map_blocks``.
 
         Returns
         -------
-        numpy.ndarray
+        numpy.ndarray, or a tuple of them
             ``(rows, ...)``; bfloat16 comes back as float32, which NumPy has.
 
         Raises
@@ -282,10 +251,73 @@ class Predictor:
         predictor.keywords = tuple(inputs) or self.keywords
         predictor.binding = binding or self.binding
         if block_id is None:
-            return predictor.run_block((*blocks, *inputs.values()), "the rows given")
-        return predictor.run_block((*blocks, *inputs.values()), f"block {block_id[0]}", first_row=None)
+            return predictor.run_block((*blocks, *inputs.values()), "the rows given", 0, rows)
+        return predictor.run_block((*blocks, *inputs.values()), f"block {block_id[0]}", None, rows)
 
-    def run_block(self, blocks: Sequence[Array], where: str, first_row: int | None = 0) -> Array:
+    def planned(self, lengths: Sequence[float]) -> Any:
+        """Rows of a batch, for blocks of these lengths: a number, or a lazy one where it is to be measured.
+
+        All blocks of a graph get the same, whichever worker measures it. For a bound predictor.
+        """
+        if isinstance(self.batch_size, int) or not self._is_worth_measuring(sum(lengths)):
+            return self._rule_of_thumb()
+        from dask import delayed
+
+        return delayed(self.measured, pure=True)(dask_key_name="batch-size-" + self.fingerprint())
+
+    def _rule_of_thumb(self) -> int:
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        rows = max(1, _AUTO_BYTES // max(1, sum(r.nbytes for r in self._bound().prepared)))
+        return min(_AUTO_MOST, max(_AUTO_LEAST, 1 << (rows.bit_length() - 1)))
+
+    def _is_worth_measuring(self, rows: float) -> bool:
+        """Whether there are so many rows (nan: who knows how many) that a better batch size pays for its finding."""
+        return not rows < _WORTH_MEASURING * self._rule_of_thumb()
+
+    def measured(self) -> int:
+        """Rows of a batch, measured in this process unless it is known. For a bound predictor."""
+        device = self._device()
+        place = self._place(device)
+        found = place.known()
+        if found is None:
+            binding = self._bound()
+            with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
+
+                def run(rows: int) -> None:
+                    zeros = [np.zeros((rows, *r.shape), r.dtype) for r in binding.prepared]
+                    with computing():
+                        tensors = [to_tensor(a, c, str(device)) for a, c in zip(zeros, binding.casts, strict=True)]
+                        self.call.forward(model, tensors, binding.names)
+
+                try:
+                    found = measure(run, device)
+                except Exception as error:
+                    # Zeros are not for every model: lengths of nothing, indices into nothing.
+                    if not is_out_of_memory(error):
+                        log.info("the batch size of %s is not measured: %s", self.ref, explain(error))
+                    found = Size(self._rule_of_thumb())
+            found = place.remember(found)
+            log.info("%s: batches of %d rows on %s", self.ref, found.rows, device_name(device))
+        rows = found.rows
+        # Remembered from a day with more memory, perhaps.
+        while rows > 1 and rows * found.row_bytes > memory_budget(device):
+            rows //= 2
+        return rows
+
+    def _place(self, device: torch.device) -> Place:
+        binding = self._bound()
+        call = (self.call.method, self.call.autocast, sorted(self.call.constants))
+        return Place.of(
+            self.ref, device_name(device), jobs_here(), binding.prepared, binding.casts, binding.names, call
+        )
+
+    def _device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def run_block(
+        self, blocks: Sequence[Array], where: str, first_row: int | None = 0, batch_rows: int | None = None
+    ) -> Any:
         """Run the model on one block.
 
         Parameters
@@ -296,92 +328,92 @@ class Predictor:
             What to call the block in errors.
         first_row : int, optional
             Number of the block's first row in the whole array; None: not known.
+        batch_rows : int, optional
+            Rows of a batch, from `planned`. Default: found here.
+
+        Returns
+        -------
+        numpy.ndarray, or a tuple of them
         """
-        blocks = [as_block(block, self._input_name(number, len(blocks))) for number, block in enumerate(blocks)]
+        names = self.keywords
+        blocks = [as_block(block, input_name(number, len(blocks), names)) for number, block in enumerate(blocks)]
         found = tuple(rows_of(block) for block in blocks)
         lengths = sorted({len(block) for block in blocks})
         if len(lengths) > 1:
             raise InputError(f"{where}: the inputs have different numbers of rows, {lengths}")
         bound = self if self.binding and self.binding.inputs == found else self.bind(found, lambda: blocks)
-        binding = bound.binding
-        assert binding is not None
-        result = np.empty((lengths[0], *binding.output.shape), binding.output.dtype)
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if lengths[0] == 0:
-            return result
+        binding = bound._bound()
+        results = [np.empty((lengths[0], *rows.shape), rows.dtype) for rows in binding.outputs]
+        if lengths[0] > 0:
+            if batch_rows is None:
+                batch_rows = bound._batch_rows(lengths[0])
+            bound._fill(results, blocks, where, first_row, batch_rows)
+        return tuple(results) if binding.several else results[0]
+
+    def _batch_rows(self, rows: int) -> int:
+        measured = self.batch_size == "auto" and self._is_worth_measuring(rows)
+        return self.measured() if measured else self._rule_of_thumb()
+
+    def _fill(
+        self, results: list[Array], blocks: Sequence[Array], where: str, first_row: int | None, batch_rows: int
+    ) -> None:
+        """Run the model on all rows of a block, batch by batch."""
+        device = self._device()
+        place = self._place(device)
+        lengths = Lengths(blocks, self.keywords, self.sort_by) if self.sort_by is not None else None
+        order = lengths.order if lengths is not None else None
         try:
-            with residents.lend(self.ref, device, self.training) as model, torch.inference_mode():
-                for start in range(0, lengths[0], binding.batch_size):
-                    stop = min(start + binding.batch_size, lengths[0])
-                    span = f"{where}, rows {_span(start, stop, first_row)}, of {self.ref}"
+            with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
+                for rows in cut(len(blocks[0]), batch_rows, order):
+                    span = f"{where}, rows {name_of(rows, first_row)}, of {self.ref}"
                     try:
-                        tensors = [
-                            to_tensor(b[start:stop], c, device) for b, c in zip(blocks, binding.casts, strict=True)
-                        ]
-                        batch = to_numpy(bound._forward(model, tensors))
+                        batch = [block[rows] for block in blocks]
+                        trimmed = None
+                        if lengths is not None:
+                            batch, trimmed = lengths.trimmed(batch, rows)
+                        outputs = self._in_memory(partial(self._run, model, device, trimmed), batch, place, span)
                     except Exception as error:
                         raise BlockError(f"{span}: {explain(error)}") from error
-                    if stop - start == 1 and batch.shape == binding.output.shape:
-                        batch = batch[None]  # squeezed away by the model, with axes that it means to
-                    if batch.shape != (stop - start, *binding.output.shape):
-                        raise BlockError(
-                            f"{span}: the output has shape {batch.shape}, expected ({stop - start}, ...) as "
-                            f"{binding.output}, found before the job began"
-                        )
-                    result[start:stop] = batch
+                    for result, output in zip(results, outputs, strict=True):
+                        result[rows] = output
         except ZcinferError:
             raise
         except Exception as error:
             raise BlockError(f"{where}: {self.ref} cannot be used on {device}: {explain(error)}") from error
-        return result
 
-    def _forward(self, model: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        positional = len(tensors) - len(self.keywords)
-        named = dict(zip(self.keywords, tensors[positional:], strict=True))
-        function = model if self.method == "forward" else getattr(model, self.method, None)
-        if not callable(function):
-            raise SettingsError(f"{type(model).__name__} has no method {self.method!r}")
-        output = function(*tensors[:positional], **named, **self.constants)
-        inputs: Any = {**dict(enumerate(tensors[:positional])), **named} if named else tuple(tensors)
-        return choose(output, self.output, inputs)
+    def _run(
+        self, model: torch.nn.Module, device: torch.device, trimmed: tuple[int, int] | None, batch: Sequence[Array]
+    ) -> list[Array]:
+        """One forward: outputs as they go out."""
+        binding = self._bound()
+        prepared, names = self.call.prepare(batch, self.keywords)
+        tensors = [to_tensor(a, cast, str(device)) for a, cast in zip(prepared, binding.casts, strict=True)]
+        with computing():
+            outputs = self.call.forward(model, tensors, names)
+        return finished(self.call, binding, outputs, len(batch[0]), trimmed)
 
-    def _output_of_fake(
-        self, inputs: Sequence[Rows], casts: tuple[str, ...], description: Any, skeleton: bytes
-    ) -> Rows:
-        shapes = []
-        for rows in (2, 3):
-            with weightless(skeleton, description) as model:
-                if self.training == "eval":
-                    model.eval()
-                tensors = [
-                    torch.empty((rows, *r.shape), dtype=getattr(torch, cast))
-                    for r, cast in zip(inputs, casts, strict=True)
-                ]
-                output = self._forward(model, tensors)
-                shapes.append((tuple(int(n) for n in output.shape), output.dtype))
-        return rows_axis(shapes, (2, 3), self.ref)
+    def _in_memory(
+        self,
+        run: Callable[[Sequence[Array]], list[Array]],
+        batch: Sequence[Array],
+        place: Place,
+        span: str,
+    ) -> list[Array]:
+        """Run a batch, in halves where it runs out of memory; how many rows were too many is remembered."""
 
-    def _output_of_real(self, rows: Sequence[Array], casts: tuple[str, ...]) -> Rows:
-        shapes = []
-        with residents.lend(self.ref, "cpu", self.training) as model, torch.inference_mode():
-            for count in (1, 2):
-                tensors = [to_tensor(r[:count], c, "cpu") for r, c in zip(rows, casts, strict=True)]
-                output = self._forward(model, tensors)
-                shapes.append((tuple(output.shape), output.dtype))
-        return rows_axis(shapes, (1, 2), self.ref)
+        def told(rows: int) -> None:
+            log.warning("%s: %d rows do not fit into memory, halves of them are tried", span, rows)
+            place.lower(rows // 2)
 
-    def _batch_rows(self, inputs: Sequence[Rows]) -> int:
-        if isinstance(self.batch_size, int):
-            return self.batch_size
-        rows = max(1, _AUTO_BYTES // max(1, sum(r.nbytes for r in inputs)))
-        return min(_AUTO_MOST, max(_AUTO_LEAST, 1 << (rows.bit_length() - 1)))
-
-    def _input_name(self, number: int, total: int) -> str:
-        positional = total - len(self.keywords)
-        return f"input {number}" if number < positional else repr(self.keywords[number - positional])
-
-
-def _span(start: int, stop: int, first_row: int | None) -> str:
-    if first_row is None:
-        return f"{start:,}–{stop - 1:,} of the block"
-    return f"{first_row + start:,}–{first_row + stop - 1:,}"
+        known = place.known()
+        most = known.ceiling if known is not None else len(batch[0])
+        try:
+            return in_halves(run, batch, most, is_out_of_memory, told)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            row = sum(r.nbytes for r in self._bound().inputs)
+            raise OutputError(
+                f"one row ({format_size(row)}) does not fit into the memory of {self._device()}: {explain(error)}. Use "
+                "rows of less data, fewer workers on this device, or one with more memory"
+            ) from error

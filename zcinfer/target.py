@@ -82,12 +82,22 @@ class Target:
             found = _manifest_of(place)
             if found is None or not resume:
                 continue
-            differs = [key for key in _differences(found, manifest) if key != "model"]  # names change
+            differs = [
+                key for key in _differences(found, manifest) if key not in ("model", "batch_rows")
+            ]  # names change
             if differs:
                 raise OutputError(
                     f"{place} is the output of another job (it differs in {', '.join(differs)}): choose another "
                     "target, or start over with resume=False (--start-over)"
                 )
+
+    def recorded(self, key: str) -> Any:
+        """What an earlier run has kept under ``key``; None if there was none."""
+        for place in (self.path, self.partial):
+            found = _manifest_of(place)
+            if found is not None:
+                return found.get(key)
+        return None
 
     def _clear(self) -> None:
         for place in (self.path, self.partial):

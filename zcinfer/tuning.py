@@ -1,0 +1,195 @@
+"""How many rows a batch has: measured once for a model, rows of a kind, and a device, and remembered.
+
+Doubling the batch pays until it fills the caches or the device; where that is differs by a factor of a thousand between
+models. So sizes are tried, from one row on, until two doublings in a row have gained nothing, within a budget of
+memory that is observed. What was found lies beside the registry, so that all workers and restarts use the same.
+
+Not for cutting blocks (`batches`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from . import config
+from .archive import write_file
+from .memory import available, peak_private
+from .store import ModelRef, registry_of
+
+log = logging.getLogger("zcinfer")
+
+# A size is better from this factor on; differences below come and go with the machine's mood.
+GAIN = 1.03
+# Sizes tried; seconds for all of them, and for one of them where it is short and so uncertain.
+MOST, LONGEST, SURE = 1 << 16, 3.0, 0.1
+# Of the memory that a process may use, the share that batches may.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Size:
+    """What was found of batches: rows, bytes of memory that one row takes, and the largest that has not failed."""
+
+    rows: int
+    row_bytes: float = 0.0
+    ceiling: int = MOST
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch size holds: a file named by all that it depends on."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, ref: ModelRef, *facts: Any) -> Place:
+        """The place for this content and these facts, which are told by their ``repr``."""
+        key = hashlib.sha256(repr((ref.digest, torch.__version__, *facts)).encode()).hexdigest()
+        return cls(registry_of(ref.store) / "batch-sizes" / f"{key}.json")
+
+    def known(self) -> Size | None:
+        """What was found here, by this process or another."""
+        try:
+            return _known[self.path]
+        except KeyError:
+            pass
+        try:
+            found = Size(**json.loads(self.path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return _known.setdefault(self.path, found)
+
+    def remember(self, size: Size) -> Size:
+        """Keep it, unless another process was first: then that is returned, so that all use the same."""
+        with _lock:
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with open(self.path.parent / f".{os.getpid()}-{threading.get_ident()}", "x") as file:
+                    json.dump(asdict(size), file)
+                try:
+                    os.link(file.name, self.path)
+                except FileExistsError:
+                    pass
+                finally:
+                    os.unlink(file.name)
+            except OSError as error:
+                log.info("the batch size is not kept: %s", error)
+            _known.pop(self.path, None)
+            return self.known() or _known.setdefault(self.path, size)
+
+    def lower(self, ceiling: int) -> None:
+        """Remember that more rows than these ran out of memory."""
+        with _lock:
+            found = self.known() or Size(ceiling)
+            size = replace(found, rows=min(found.rows, ceiling), ceiling=min(found.ceiling, ceiling))
+            _known[self.path] = size
+            try:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_file(self.path, json.dumps(asdict(size)).encode())
+            except OSError as error:
+                log.info("the batch size is not kept: %s", error)
+
+
+_known: dict[Path, Size] = {}
+_lock = threading.RLock()
+
+
+def measure(run: Callable[[int], object], device: torch.device) -> Size:
+    """Find the batch size by trying.
+
+    Parameters
+    ----------
+    run : callable
+        Runs the model on so many rows.
+    device : torch.device
+
+    Returns
+    -------
+    Size
+    """
+    budget = memory_budget(device)
+    started = perf_counter()
+    run(1)  # the first forward pays for pages and kernels that all others have
+    rates: dict[int, float] = {}
+    row_bytes, size = 0.0, 1
+    while size <= MOST and row_bytes * size <= budget and perf_counter() - started < LONGEST:
+        times: list[float] = []
+        while not times or (sum(times) < SURE and len(times) < 5):
+            seconds, peak = _observed(run, size, device)
+            times.append(seconds)
+            row_bytes = peak / size
+        rates[size] = size / min(times)
+        *before, last, latest = 0.0, 0.0, *rates.values()
+        if max(before, default=0.0) * GAIN > max(last, latest):
+            break
+        size *= 2
+    best = max(rates.values())
+    return Size(min(size for size, rate in rates.items() if rate * GAIN >= best), row_bytes)
+
+
+def _observed(run: Callable[[int], object], rows: int, device: torch.device) -> tuple[float, int]:
+    """Seconds that a batch takes, and bytes that it takes at most."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        begin = perf_counter()
+        run(rows)
+        torch.cuda.synchronize(device)
+        return perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before
+    begin = perf_counter()
+    peak = peak_private(lambda: run(rows))
+    return perf_counter() - begin, peak
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that batches of this process may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(SHARE * free / jobs_here())
+    return int(SHARE * min(available() / jobs_here(), _worker_memory()))
+
+
+def jobs_here() -> int:
+    """Processes that share this one's device."""
+    return max(1, int(config.get("jobs")))
+
+
+def _worker_memory() -> float:
+    """Bytes that this process may use, where it is a Dask worker with a limit."""
+    module = sys.modules.get("distributed.worker")
+    if module is not None:
+        try:
+            limit = module.get_worker().memory_manager.memory_limit
+        except ValueError:
+            limit = None
+        if limit:
+            return float(limit)
+    return float("inf")
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What a batch size depends on of a device."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a batch failed for want of memory, on the CPU or on a GPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
