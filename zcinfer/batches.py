@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError, SettingsError
-from .rows import Array
+from .rows import Array, Rows, rows_of
 
 Index = slice | Array
 MASK = "attention_mask"
@@ -23,6 +23,26 @@ def cut(rows: int, batch_size: int, order: Array | None = None) -> Iterator[Inde
     for start in range(0, rows, batch_size):
         stop = min(start + batch_size, rows)
         yield slice(start, stop) if order is None else order[start:stop]
+
+
+def mask_of(inputs: Sequence[Rows], names: Sequence[str], sort_by: str) -> int:
+    """Number of the input that says how long rows are.
+
+    Raises
+    ------
+    SettingsError, InputError
+        There is none of that name, or it is no mask of tokens.
+    """
+    wanted = MASK if sort_by == "length" else sort_by
+    if wanted not in names:
+        raise SettingsError(
+            f"sort_by={sort_by!r} needs an input by the name {wanted!r}, found {', '.join(names) or 'none'}: name the "
+            "input that is not zero where a row has tokens, as in sort_by='attention_mask'"
+        )
+    number = len(inputs) - len(names) + list(names).index(wanted)
+    if len(inputs[number].shape) != 1:
+        raise InputError(f"{wanted!r} is {inputs[number]}: rows are sorted by a mask of shape (rows, tokens)")
+    return number
 
 
 class Lengths:
@@ -41,15 +61,7 @@ class Lengths:
     """
 
     def __init__(self, blocks: Sequence[Array], names: Sequence[str], sort_by: str):
-        wanted = MASK if sort_by == "length" else sort_by
-        if wanted not in names:
-            raise SettingsError(
-                f"sort_by={sort_by!r} needs an input by the name {wanted!r}, found {', '.join(names) or 'none'}: "
-                "name the input that is not zero where a row has tokens, as in sort_by='attention_mask'"
-            )
-        mask = blocks[len(blocks) - len(names) + list(names).index(wanted)]
-        if mask.ndim != 2:
-            raise InputError(f"{wanted!r} has shape {mask.shape}: rows are sorted by a mask of shape (rows, tokens)")
+        mask = blocks[mask_of(list(map(rows_of, blocks)), names, sort_by)]
         self.full = mask.shape[1]
         reversed_mask = mask[:, ::-1] != 0
         # Up to the last token: what is padded on the left stays so.
@@ -79,27 +91,31 @@ def in_halves(
     batch : sequence of numpy.ndarray
         ``(rows, ...)`` each.
     most : int
-        Rows that are known to be too many, plus one at least: no more are tried.
+        More rows than these are known to be too many.
     is_too_large : callable
         Whether an error means that.
     told : callable
         Called with the number of rows that were too many.
     """
-    rows = len(batch[0])
-    if rows <= most:
-        try:
-            return run(batch)
-        except Exception as error:
-            if rows == 1 or not is_too_large(error):
-                raise
-            # Its traceback holds the tensors that did not fit.
-            error.__traceback__ = None
-        told(rows)
-        most = rows // 2
-    # The same cuts whatever was known before: halves of the batch, and not as many rows as would fit.
-    half = (rows + 1) // 2
-    parts = [in_halves(run, [a[i] for a in batch], most, is_too_large, told) for i in (slice(half), slice(half, rows))]
-    return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
+
+    def attempt(batch: Sequence[Array]) -> list[Array]:
+        nonlocal most
+        rows = len(batch[0])
+        if rows <= most:
+            try:
+                return run(batch)
+            except Exception as error:
+                if rows == 1 or not is_too_large(error):
+                    raise
+                error.__traceback__ = None  # it holds the tensors that did not fit
+            told(rows)
+            most = rows // 2
+        # The same cuts whatever was known before: halves of the batch, and not as many rows as would fit.
+        half = (rows + 1) // 2
+        parts = [attempt([array[i] for array in batch]) for i in (slice(half), slice(half, rows))]
+        return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
+
+    return attempt(batch)
 
 
 def name_of(rows: Index, first_row: int | None) -> str:

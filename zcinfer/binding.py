@@ -169,13 +169,14 @@ def find_binding(
 def _prepared(
     call: Call, inputs: Sequence[Rows], keywords: tuple[str, ...], real: Callable[[], list[Array]]
 ) -> tuple[list[Array], tuple[str, ...]]:
-    """Two rows of each input as ``preprocess`` makes them: of zeros, or of real rows where it does not take those."""
-    try:
-        return call.prepare([two_rows(r, array) for r, array in zip(inputs, zeros(inputs), strict=True)], keywords)
-    except ZcinferError:
-        raise
-    except Exception:
-        pass
+    """Two rows of each input as ``preprocess`` makes them: of zeros, or of real rows where those do not serve."""
+    if all(rows.dtype.kind in "biufc" for rows in inputs):  # zero as a text or a time says nothing
+        try:
+            return call.prepare([two_rows(r, array) for r, array in zip(inputs, zeros(inputs), strict=True)], keywords)
+        except ZcinferError:
+            raise
+        except Exception:
+            pass
     try:
         return call.prepare(real(), keywords)
     except ZcinferError:

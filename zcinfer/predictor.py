@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .batches import Lengths, cut, in_halves, name_of
+from .batches import Lengths, cut, in_halves, mask_of, name_of
 from .binding import Binding, find_binding, finished, input_name
 from .calling import Call
 from .canonical import Canonical
@@ -169,6 +169,8 @@ class Predictor:
         """
         key = (self.keywords, *inputs)
         if key not in self._found:
+            if self.sort_by is not None:
+                mask_of(inputs, self.keywords, self.sort_by)
             self._found[key] = find_binding(self.ref, self.call, self.training, inputs, self.keywords, sample)
         bound = copy.copy(self)
         bound.binding = self._found[key]

@@ -34,7 +34,7 @@ log = logging.getLogger("zcinfer")
 # A size is better from this factor on; differences below come and go with the machine's mood.
 GAIN = 1.03
 # Sizes tried; seconds for all of them, and for one of them where it is short and so uncertain.
-MOST, LONGEST, SURE = 1 << 16, 3.0, 0.1
+MOST, LONGEST, SURE = 1 << 16, 3.0, 0.05
 # Of the memory that a process may use, the share that batches may.
 SHARE = 0.5
 
@@ -127,10 +127,12 @@ def measure(run: Callable[[int], object], device: torch.device) -> Size:
     row_bytes, size = 0.0, 1
     while size <= MOST and row_bytes * size <= budget and perf_counter() - started < LONGEST:
         times: list[float] = []
-        while not times or (sum(times) < SURE and len(times) < 5):
+        peaks: list[int] = []
+        while not times or (sum(times) < SURE and len(times) < 20):
             seconds, peak = _observed(run, size, device)
             times.append(seconds)
-            row_bytes = peak / size
+            peaks.append(peak)
+        row_bytes = max(peaks) / size
         rates[size] = size / min(times)
         *before, last, latest = 0.0, 0.0, *rates.values()
         if max(before, default=0.0) * GAIN > max(last, latest):

@@ -1,0 +1,184 @@
+"""The batch size that is found by measuring, and where it is remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import nn
+
+import zcinfer as zc
+from zcinfer import memory, tuning
+from zcinfer.predictor import Predictor
+from zcinfer.rows import rows_of
+from zcinfer.tuning import Place, Size, measure
+
+CPU = torch.device("cpu")
+
+
+def kept(registry: Path) -> list[Size]:
+    return [Size(**json.loads(path.read_text())) for path in (registry / "batch-sizes").glob("*.json")]
+
+
+class Costs(nn.Module):
+    """Takes so many seconds a batch, and so many a row."""
+
+    def __init__(self, batch: float, row: float, cache: int = 1 << 30) -> None:
+        super().__init__()
+        self.costs = batch, row, cache
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if type(x) is torch.Tensor:
+            batch, row, cache = self.costs
+            until = perf_counter() + batch + row * len(x) * (1 if len(x) <= cache else 2)
+            while perf_counter() < until:
+                pass
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (Costs(0, 2e-3), {1, 2}),  # a batch gains nothing
+        (Costs(2e-3, 20e-6), {1024, 2048, 4096}),  # 3 % of the time at 4,096 rows
+        (Costs(1e-3, 20e-6, cache=256), {256}),  # beyond which each row costs twice
+    ],
+    ids=["by the row", "by the batch", "a cache"],
+)
+def test_the_size_is_where_doubling_stops_to_pay(registry: Path, model: nn.Module, expected: set[int]) -> None:
+    zc.put(model.eval(), "model")
+    x = np.ones((20_000, 1), np.float32)
+    predictor = Predictor("model").bind([rows_of(x)])
+    begin = perf_counter()
+    assert predictor.measured() in expected
+    assert perf_counter() - begin < 2 * tuning.LONGEST
+    (found,) = kept(registry)
+    assert found.rows in expected
+    begin = perf_counter()
+    assert predictor.measured() == found.rows
+    assert perf_counter() - begin < 0.05
+
+
+def test_batches_stay_within_the_memory_that_there_is(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "memory_budget", lambda _: 64_000_000)
+    held: list[int] = []
+
+    def run(rows: int) -> None:
+        block = bytearray(rows * 1_000_000)
+        block[::4096] = b"1" * len(block[::4096])
+        held.append(rows)
+
+    found = measure(run, CPU)
+    assert max(held) <= 64
+    assert found.rows <= 64
+    if sys.platform == "linux":
+        assert 0.7e6 < found.row_bytes < 1.3e6
+
+
+def test_less_memory_on_another_day_makes_smaller_batches(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zc.put(nn.Linear(3, 2).eval(), "linear")
+    predictor = Predictor("linear").bind([rows_of(np.ones((5, 3), np.float32))])
+    predictor._place(CPU).remember(Size(1024, row_bytes=1e6))
+    monkeypatch.setattr(tuning, "available", lambda: 10**12)
+    assert predictor.measured() == 1024
+    monkeypatch.setattr(tuning, "available", lambda: 400_000_000)
+    assert predictor.measured() == 128
+
+
+def test_the_first_to_remember_is_right(tmp_path: Path) -> None:
+    place = Place(tmp_path / "sizes" / "a.json")
+    assert place.known() is None
+    assert place.remember(Size(64)) == Size(64)
+    assert place.remember(Size(128)) == Size(64)
+    place.lower(16)
+    assert place.known() == Size(16, ceiling=16)
+    tuning._known.clear()
+    assert place.known() == Size(16, ceiling=16)
+    place.path.write_text("nonsense")
+    tuning._known.clear()
+    assert place.known() is None
+
+
+def test_a_full_disk_does_not_stop_a_job(tmp_path: Path) -> None:
+    (tmp_path / "sizes").write_text("a file in the place of the directory")
+    place = Place(tmp_path / "sizes" / "a.json")
+    assert place.remember(Size(64)) == Size(64) == place.known()
+    place.lower(8)
+    assert place.known() == Size(8, ceiling=8)
+
+
+def test_sizes_differ_by_what_they_depend_on(registry: Path) -> None:
+    zc.put(nn.Linear(3, 2).eval(), "linear")
+    x = rows_of(np.ones((5, 3), np.float32))
+
+    def place(**settings: Any) -> Path:
+        return Predictor("linear", **settings).bind([x])._place(CPU).path
+
+    assert place() == place(batch_size=3, output=lambda output, _: output)
+    assert len({place(), place(autocast="bfloat16"), place(preprocess=lambda x: np.tile(x[:, :1], 3) * 2)}) == 2
+    with dask.config.set({"zcinfer.jobs": 4}):
+        assert place() != before if (before := place()) != place() else True
+    other = Predictor("linear").bind([rows_of(np.ones((5, 7, 3), np.float32))])._place(CPU).path
+    assert other != place()
+
+
+def test_a_graph_measures_once_and_all_its_blocks_use_that(registry: Path) -> None:
+    zc.put(Costs(1e-3, 1e-6).eval(), "model")
+    x = np.random.default_rng(0).normal(size=(30_000, 1)).astype(np.float32)
+    lazy = zc.predict("model", da.from_array(x, chunks=(10_000, 1)))
+    assert not (registry / "batch-sizes").exists()
+    assert sum("batch-size" in str(key) for key in lazy.__dask_graph__()) == 1
+    assert np.array_equal(lazy.compute(scheduler="sync"), x * 2)
+    assert len(kept(registry)) == 1
+
+
+def test_a_model_that_refuses_zeros_goes_by_the_rule(registry: Path) -> None:
+    class Picky(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if type(x) is torch.Tensor and not x.any():
+                raise ValueError("nothing to see")
+            return x + 1
+
+    zc.put(Picky().eval(), "picky")
+    x = np.ones((10_000, 2), np.float32)
+    assert np.array_equal(zc.predict("picky", x), x + 1)
+    assert [size.rows for size in kept(registry)] == [1024]
+
+
+def test_a_restarted_job_keeps_its_batches(registry: Path, tmp_path: Path) -> None:
+    zc.put(nn.Linear(4, 3).eval(), "linear")
+    source = zarr.create_array(str(tmp_path / "in.zarr"), shape=(40_000, 4), chunks=(10_000, 4), dtype="f4")
+    source[:] = np.random.default_rng(0).normal(size=source.shape)
+    out = tmp_path / "out.zarr"
+    zc.run("linear", str(tmp_path / "in.zarr"), out, progress=False)
+    manifest = json.loads((out / ".zcinfer" / "manifest.json").read_text())
+    (found,) = kept(registry)
+    assert manifest["batch_rows"] == found.rows
+    for path in (registry / "batch-sizes").iterdir():
+        path.write_text(json.dumps({"rows": 3}))
+    tuning._known.clear()
+    (out / ".zcinfer" / "done").mkdir()
+    out.rename(out.with_name("out.zarr.partial"))
+    assert zc.run("linear", str(tmp_path / "in.zarr"), out, progress=False).computed == 4
+    assert json.loads((out / ".zcinfer" / "manifest.json").read_text())["batch_rows"] == found.rows
+
+
+def test_memory_that_a_call_takes_at_most_is_observed() -> None:
+    assert 90e6 < memory.peak_private(lambda: len(bytes(bytearray(b"1") * 50_000_000))) < 130e6
+
+
+def test_available_memory_is_that_of_the_container() -> None:
+    script = "from zcinfer.memory import available; print(available())"
+    found = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert 0 < found <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
