@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import zcinfer as zc
 from zcinfer import memory, tuning
 from zcinfer.predictor import Predictor
 from zcinfer.rows import rows_of
-from zcinfer.tuning import Place, Size, measure
+from zcinfer.tuning import Place, Size, choose_size, measure
 
 CPU = torch.device("cpu")
 
@@ -34,37 +36,58 @@ def kept(registry: Path) -> list[Size]:
 class Costs(nn.Module):
     """Takes so many seconds a batch, and so many a row."""
 
-    def __init__(self, batch: float, row: float, cache: int = 1 << 30) -> None:
+    def __init__(self, batch: float, row: float) -> None:
         super().__init__()
-        self.costs = batch, row, cache
+        self.costs = batch, row
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if type(x) is torch.Tensor:
-            batch, row, cache = self.costs
-            until = perf_counter() + batch + row * len(x) * (1 if len(x) <= cache else 2)
+            batch, row = self.costs
+            until = perf_counter() + batch + row * len(x)
             while perf_counter() < until:
                 pass
         return x * 2
 
 
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        (Costs(0, 2e-3), {1, 2}),  # a batch gains nothing
-        (Costs(2e-3, 20e-6), {1024, 2048, 4096}),  # 3 % of the time at 4,096 rows
-        (Costs(1e-3, 20e-6, cache=256), {256}),  # beyond which each row costs twice
-    ],
-    ids=["by the row", "by the batch", "a cache"],
+@given(
+    st.floats(0, 1e-2),
+    st.floats(1e-6, 1e-2),
+    st.integers(0, 20).map(lambda n: 1 << n),
+    st.floats(1.2, 5),
 )
-def test_the_size_is_where_doubling_stops_to_pay(registry: Path, model: nn.Module, expected: set[int]) -> None:
-    zc.put(model.eval(), "model")
+def test_the_size_is_where_doubling_stops_to_pay(batch: float, row: float, cache: int, slower: float) -> None:
+    tried = []
+
+    def cost(rows: int) -> float:
+        return batch + row * min(rows, cache) + slower * row * max(0, rows - cache)
+
+    def observe(rows: int) -> tuple[float, int]:
+        tried.append(rows)
+        return cost(rows), 0
+
+    found = choose_size(observe, 1e9)
+
+    def rate(rows: int) -> float:
+        return rows / cost(rows)
+
+    seconds = sum(map(cost, tried))
+    assert seconds < tuning.LONGEST + max(map(cost, tried)) + tuning.SURE
+    sizes = [1 << n for n in range(max(tried).bit_length())]
+    assert rate(found.rows) * tuning.GAIN >= max(map(rate, sizes))
+    assert all(rate(rows) * tuning.GAIN < max(map(rate, sizes)) for rows in sizes if rows < found.rows)
+    stopped_early = max(sizes) < tuning.MOST and seconds < tuning.LONGEST
+    if stopped_early:
+        assert max(map(rate, sizes[:-2])) * tuning.GAIN > max(map(rate, sizes[-2:]))
+
+
+def test_a_size_is_measured_once(registry: Path) -> None:
+    zc.put(Costs(2e-3, 20e-6).eval(), "model")
     x = np.ones((20_000, 1), np.float32)
     predictor = Predictor("model").bind([rows_of(x)])
     begin = perf_counter()
-    assert predictor.measured() in expected
+    assert predictor.measured() > 64  # where the row costs 50 us, and not 20
     assert perf_counter() - begin < 2 * tuning.LONGEST
     (found,) = kept(registry)
-    assert found.rows in expected
     begin = perf_counter()
     assert predictor.measured() == found.rows
     assert perf_counter() - begin < 0.05

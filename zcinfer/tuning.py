@@ -120,20 +120,29 @@ def measure(run: Callable[[int], object], device: torch.device) -> Size:
     -------
     Size
     """
-    budget = memory_budget(device)
-    started = perf_counter()
     run(1)  # the first forward pays for pages and kernels that all others have
+    return choose_size(lambda rows: _observed(run, rows, device), memory_budget(device))
+
+
+def choose_size(observe: Callable[[int], tuple[float, int]], budget: float) -> Size:
+    """Find the batch size from what is observed of batches.
+
+    Parameters
+    ----------
+    observe : callable
+        Seconds and bytes that a batch of so many rows takes.
+    budget : float
+        Bytes that a batch may take.
+    """
     rates: dict[int, float] = {}
-    row_bytes, size = 0.0, 1
-    while size <= MOST and row_bytes * size <= budget and perf_counter() - started < LONGEST:
-        times: list[float] = []
-        peaks: list[int] = []
-        while not times or (sum(times) < SURE and len(times) < 20):
-            seconds, peak = _observed(run, size, device)
-            times.append(seconds)
-            peaks.append(peak)
-        row_bytes = max(peaks) / size
-        rates[size] = size / min(times)
+    row_bytes, spent, size = 0.0, 0.0, 1
+    while size <= MOST and row_bytes * size <= budget and spent < LONGEST:
+        seen = [observe(size)]
+        while sum(seconds for seconds, _ in seen) < SURE and len(seen) < 20:
+            seen.append(observe(size))
+        rates[size] = size / min(seconds for seconds, _ in seen)
+        row_bytes = max(nbytes for _, nbytes in seen) / size
+        spent += sum(seconds for seconds, _ in seen)
         *before, last, latest = 0.0, 0.0, *rates.values()
         if max(before, default=0.0) * GAIN > max(last, latest):
             break
