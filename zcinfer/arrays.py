@@ -16,7 +16,7 @@ import numpy as np
 from .errors import InputError, SettingsError
 from .outputs import Output
 from .predictor import Predictor
-from .rows import Rows, first_rows, refuse_masked, rows_of
+from .rows import Rows, first_rows, only, refuse_masked, rows_of
 from .sizes import format_size
 from .store import ModelRef
 
@@ -153,7 +153,7 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
     pairs: list[Any] = [where, (0,)]
     for array in arrays:
         pairs += [array, (0, *(next(axes) for _ in array.shape[1:]))]
-    options = {"concatenate": True, "align_arrays": False, "batch_rows": bound.planned(row_chunks)}
+    options = {"align_arrays": False, "batch_rows": bound.planned(row_chunks)}
     name = "predict-" + _token(bound, arrays)
     function = partial(_run_block, bound)
 
@@ -174,7 +174,7 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
 
 def _run_block(predictor: Predictor, where: tuple[int, int | None], *blocks: Any, batch_rows: int) -> Any:
     number, first_row = where
-    return predictor.run_block(blocks, f"block {number}", first_row, batch_rows)
+    return predictor.run_block(list(map(only, blocks)), f"block {number}", first_row, batch_rows)
 
 
 def _rechunk(array: Any, row_chunks: tuple[Any, ...], number: int) -> Any:

@@ -75,6 +75,16 @@ def as_block(block: Any, name: str) -> Array:
     return block
 
 
+def only(block: Any) -> Any:
+    """The block that ``dask.array.blockwise`` nests in a list for each axis of one chunk that its result has not.
+
+    (``concatenate=True`` would copy it out of there.)
+    """
+    while isinstance(block, list):
+        (block,) = block
+    return block
+
+
 def candidate_casts(inputs: Sequence[Rows], floating: str) -> Iterator[tuple[str, ...]]:
     def cast(dtype: np.dtype[Any], integer: str) -> str:
         if dtype.kind == "f" and floating:
