@@ -38,8 +38,8 @@ class _Source:
         return array[index]
 
 
-def open_source(source: Any, name: str) -> da.Array:
-    """A source as a dask array with rows along axis 0; ``name`` is what to call it in errors."""
+def open_source(source: Any, name: str, axis: int = 0) -> da.Array:
+    """A source as a dask array, a file's in its chunks along one axis; ``name`` is what to call it in errors."""
     if isinstance(source, da.Array):
         if source.ndim and source.shape[0] != source.shape[0]:
             raise InputError(f"{name} is a dask array of an unknown number of rows: call compute_chunk_sizes() on it")
@@ -63,7 +63,7 @@ def open_source(source: Any, name: str) -> da.Array:
         return da.from_zarr(found)  # of a store that has no path
     return da.from_array(
         _Source(str(directory or source), found),
-        chunks=(found.chunks[0], *found.shape[1:]),
+        chunks=tuple(found.chunks[a] if a in (axis, axis + found.ndim) else n for a, n in enumerate(found.shape)),
         name=False,
         meta=np.empty((0,) * found.ndim, found.dtype),
     )
