@@ -6,7 +6,7 @@ Not for where the output lies (`target`), nor for what is read (`sources`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,6 +26,7 @@ from .rows import first_rows, rows_of
 from .sources import open_source, stamp
 from .store import ModelRef
 from .target import Target, token_of, write_block
+from .windowing import Windows
 
 FORMAT = 1
 
@@ -77,7 +78,7 @@ def run(
     Parameters
     ----------
     model : str or ModelRef
-    source : str, path, zarr.Array or dask.array.Array; or a dict of them by input name
+    source : str, path, zarr.Array, dask.array.Array or Windows of one; or a dict of them by input name
         ``(rows, ...)`` each.
     target : path
         Zarr array to be written (format 3). Its chunks are whole blocks.
@@ -154,7 +155,7 @@ class Job:
         sources = _by_name(source)
         opened = _open_all(sources, self.place)
         rows = block_rows or max(next(iter(opened.values())).chunks[0])
-        self.arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
+        self.arrays = {name: _in_blocks(array, rows) for name, array in opened.items()}
         predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
@@ -164,7 +165,7 @@ class Job:
             "model": str(predictor.ref),
             "digest": predictor.ref.digest,
             "settings": predictor.fingerprint(),
-            "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
+            "inputs": {name: _stamp(value, opened[name]) for name, value in sources.items()},
         }
         self.place.check(_manifest(self._lazy(), self.identity), resume)
         # An earlier run's, if there was one: other batches would change last bits.
@@ -283,10 +284,30 @@ def _by_name(source: Any) -> dict[str, Any]:
     }
 
 
-def _open_all(sources: dict[str, Any], place: Target) -> dict[str, da.Array]:
+def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Any]:
     place.refuse_foreign()
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
     for name, value in sources.items():
-        place.refuse_source(value, name)
-    return {name: open_source(value, name) for name, value in sources.items()}
+        place.refuse_source(value.x if isinstance(value, Windows) else value, name)
+    return {name: _open(value, name) for name, value in sources.items()}
+
+
+def _open(source: Any, name: str) -> Any:
+    if not isinstance(source, Windows):
+        return open_source(source, name)
+    if not source.is_lazy:
+        raise InputError(
+            f"{name} is windows of a NumPy array: give windows of the path or URL of a zarr array, or of a dask array"
+        )
+    return source
+
+
+def _in_blocks(array: Any, rows: int) -> Any:
+    return replace(array, block_rows=rows) if isinstance(array, Windows) else array.rechunk({0: rows})
+
+
+def _stamp(source: Any, opened: Any) -> dict[str, Any]:
+    if isinstance(source, Windows):
+        return stamp(source.x, source.source) | {"windows": source.spec.identity()}
+    return stamp(source, opened)

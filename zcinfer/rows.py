@@ -54,7 +54,10 @@ def rows_of(array: Any) -> Rows:
 
 
 def first_rows(array: Any) -> Array:
-    """Some of the first rows of a NumPy or dask array, computed; none where the first block is empty."""
+    """Some of the first rows of a NumPy or dask array or windows, computed; none where the first block is empty."""
+    if hasattr(array, "head"):
+        head: Array = array.head(2)
+        return head
     known = array.shape[0] == array.shape[0]
     rows: Array = np.asarray(array[:2] if known else array.blocks[0])
     return rows
