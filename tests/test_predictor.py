@@ -655,7 +655,7 @@ def test_device_that_is_none_is_refused() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_device_that_is_not_there_names_the_block() -> None:
-    with pytest.raises(BlockError, match="the rows given: model@1 cannot be used on cuda"):
+    with pytest.raises(BlockError, match="the rows given, of model@1: it cannot be used on cuda"):
         predictor_of(mlp(), device="cuda")(normal(3, 4))
 
 

@@ -9,7 +9,7 @@ from . import errors
 from .errors import ZcinferError
 
 if TYPE_CHECKING:
-    from .arrays import predict
+    from .arrays import predict, predict_by
     from .catalog import connect, delete, disconnect, models
     from .cluster import LocalCluster
     from .jobs import run
@@ -29,6 +29,7 @@ _HOME = {
     "load": "publishing",
     "models": "catalog",
     "predict": "arrays",
+    "predict_by": "arrays",
     "put": "publishing",
     "run": "jobs",
     "save": "publishing",
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "models",
     "predict",
+    "predict_by",
     "put",
     "run",
     "save",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .batches import Lengths, cut, in_halves, mask_of, name_of
+from .batches import Index, Lengths, cut, in_halves, mask_of, name_of
 from .binding import Binding, find_binding, finished, input_name
 from .calling import Call
 from .canonical import Canonical
@@ -177,8 +177,13 @@ class Predictor:
         return bound
 
     @property
+    def outputs(self) -> tuple[Rows, ...]:
+        """What goes out. For a bound predictor."""
+        return self._bound().outputs
+
+    @property
     def several(self) -> bool:
-        """Whether there are several outputs. For a bound predictor."""
+        """Whether it goes out as a tuple. For a bound predictor."""
         return self._bound().several
 
     def _bound(self) -> Binding:
@@ -318,7 +323,12 @@ class Predictor:
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def run_block(
-        self, blocks: Sequence[Array], where: str, first_row: int | None = 0, batch_rows: int | None = None
+        self,
+        blocks: Sequence[Array],
+        where: str,
+        first_row: int | None = 0,
+        batch_rows: int | None = None,
+        numbers: Array | None = None,
     ) -> Any:
         """Run the model on one block.
 
@@ -332,6 +342,8 @@ class Predictor:
             Number of the block's first row in the whole array; None: not known.
         batch_rows : int, optional
             Rows of a batch, from `planned`. Default: found here.
+        numbers : numpy.ndarray, optional
+            Which rows of the block these are, where they are some of it.
 
         Returns
         -------
@@ -349,16 +361,20 @@ class Predictor:
         if lengths[0] > 0:
             if batch_rows is None:
                 batch_rows = bound._batch_rows(lengths[0])
-            bound._fill(results, blocks, where, first_row, batch_rows)
+            bound._fill(results, blocks, batch_rows, partial(self._span, where, first_row, numbers))
         return tuple(results) if binding.several else results[0]
 
     def _batch_rows(self, rows: int) -> int:
         measured = self.batch_size == "auto" and self._is_worth_measuring(rows)
         return self.measured() if measured else self._rule_of_thumb()
 
-    def _fill(
-        self, results: list[Array], blocks: Sequence[Array], where: str, first_row: int | None, batch_rows: int
-    ) -> None:
+    def _span(self, where: str, first_row: int | None, numbers: Array | None, rows: Index | None = None) -> str:
+        """What to call some rows in errors."""
+        if rows is None:
+            return f"{where}, of {self.ref}"
+        return f"{where}, rows {name_of(rows if numbers is None else numbers[rows], first_row)}, of {self.ref}"
+
+    def _fill(self, results: list[Array], blocks: Sequence[Array], batch_rows: int, name: Callable[..., str]) -> None:
         """Run the model on all rows of a block, batch by batch."""
         device = self._device()
         place = self._place(device)
@@ -367,7 +383,7 @@ class Predictor:
         try:
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
                 for rows in cut(len(blocks[0]), batch_rows, order):
-                    span = f"{where}, rows {name_of(rows, first_row)}, of {self.ref}"
+                    span = name(rows)
                     try:
                         batch = [block[rows] for block in blocks]
                         trimmed = None
@@ -381,7 +397,7 @@ class Predictor:
         except ZcinferError:
             raise
         except Exception as error:
-            raise BlockError(f"{where}: {self.ref} cannot be used on {device}: {explain(error)}") from error
+            raise BlockError(f"{name()}: it cannot be used on {device}: {explain(error)}") from error
 
     def _run(
         self, model: torch.nn.Module, device: torch.device, trimmed: tuple[int, int] | None, batch: Sequence[Array]
