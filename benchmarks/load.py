@@ -10,6 +10,7 @@ ways in turn. Every loaded model's output is compared with the original's, bit b
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import multiprocessing
@@ -44,6 +45,7 @@ from zcinfer import loading, stores
 from zcinfer.memory import process_memory
 
 RAY, FILE = "zcinfer, Ray store", "zcinfer, file store"
+RAY_VARIANT, FILE_VARIANT = "zcinfer, Ray store, variant of a base", "zcinfer, file store, variant of a base"
 METHOD, METHOD_DIRECT = "method of 2021", "method of 2021, set directly"
 PRETRAINED = "from_pretrained"
 VARIANTS = 50
@@ -135,6 +137,10 @@ def publish(name: str, directory: Path) -> dict[str, Any]:
         begin = perf_counter()
         ref = zc.put(model, "model")
         seconds["zc.put"].append(perf_counter() - begin)
+    variant = copy.deepcopy(model)
+    with torch.no_grad():
+        list(variant.parameters())[-1].add_(1)
+    variant_ref = zc.put(variant, "variant", base=ref)
     safetensors.torch.save_model(model, str(directory / "model.safetensors"))
     if subject.pretrained:
         model.save_pretrained(directory / "pretrained")
@@ -150,8 +156,10 @@ def publish(name: str, directory: Path) -> dict[str, Any]:
         "name": name,
         "directory": str(directory),
         "ref": ref,
+        "variant_ref": variant_ref,
         "objects": ray.cloudpickle.dumps(forms),
         "output": output_digest(model, name),
+        "variant_output": output_digest(variant, name),
         "put_seconds": seconds,
         "modules": sum(1 for _ in model.modules()),
         "tensors": len(model.state_dict()),
@@ -189,7 +197,8 @@ def readers(forms: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     """Each way to load the model, in a process that is connected to Ray and has asked for nothing yet."""
     name, directory = forms["name"], Path(forms["directory"])
     subject, ref = SUBJECTS[name], forms["ref"]
-    file_ref = dataclasses.replace(ref, store=f"file:{directory}/registry")
+    variant = forms["variant_ref"]
+    file_ref, file_variant = (dataclasses.replace(r, store=f"file:{directory}/registry") for r in (ref, variant))
     for url in (ref.store, file_ref.store):
         stores.open_store(url)
     objects = ray.cloudpickle.loads(forms["objects"])
@@ -205,6 +214,8 @@ def readers(forms: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
     found: dict[str, Callable[[], nn.Module]] = {
         RAY: lambda: loading.load_ref(ref),
         FILE: lambda: loading.load_ref(file_ref),
+        RAY_VARIANT: lambda: loading.load_ref(variant),
+        FILE_VARIANT: lambda: loading.load_ref(file_variant),
         METHOD: lambda: replace(*ray.get(objects["arrays"])),
         METHOD_DIRECT: lambda: replace_directly(*ray.get(objects["arrays"])),
         "ray-zerocopy": lambda: objects["ray-zerocopy"].load(),
@@ -245,7 +256,8 @@ def output_digest(model: nn.Module, name: str) -> str:
 
 def check(model: nn.Module, forms: Mapping[str, Any], way: str) -> None:
     """End the benchmark where a loaded model computes something else."""
-    if output_digest(model, forms["name"]) != forms["output"]:
+    expected = forms["variant_output" if way in (RAY_VARIANT, FILE_VARIANT) else "output"]
+    if output_digest(model, forms["name"]) != expected:
         raise SystemExit(f"{forms['name']} loaded by {way} computes something else")
 
 
@@ -388,7 +400,7 @@ def compare(results: Mapping[str, Any]) -> dict[str, Any]:
     def ratio(kind: str, theirs: str, store: str) -> float:
         return float(found[kind][theirs]["median"] / found[kind][store]["median"])
 
-    for store in (RAY, FILE):
+    for store in (RAY, FILE, RAY_VARIANT, FILE_VARIANT):
         for method in (METHOD, METHOD_DIRECT):
             for kind, least in (("warm", WARM), ("cold", COLD)):
                 value = ratio(kind, method, store)
