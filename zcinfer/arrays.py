@@ -15,6 +15,8 @@ import numpy as np
 
 from .errors import InputError, SettingsError
 from .expansion import Spec
+from .frames import Table
+from .labelled import Labels, unlabelled
 from .many import BlockModel, Ensemble, Switch
 from .outputs import Output
 from .predictor import Predictor
@@ -48,16 +50,18 @@ def predict(
     autocast: str | None = None,
     dtype: str | None = None,
     sort_by: str | None = None,
+    columns: Any = None,
+    into: Any = None,
     **inputs: Any,
 ) -> Any:
-    """Apply a model to arrays, row by row along axis 0.
+    """Apply a model to arrays, row by row along axis 0, or to columns of a DataFrame.
 
     Parameters
     ----------
     model : str, ModelRef or Predictor, or a list of them
         A name is resolved now, to one version. A `Predictor` brings its own settings: give no others here. The models
         of a list run on each block while it is in memory: a tuple of results, one for each.
-    *arrays : numpy.ndarray, dask.array.Array or Windows
+    *arrays : numpy.ndarray, dask.array.Array, xarray.DataArray or Windows; or one DataFrame of pandas or dask
         ``(rows, ...)`` each; passed to the model by position.
     batch_size : int or "auto"
         Rows that one forward gets. "auto": measured once for this model, rows of this kind and this device, before the
@@ -68,7 +72,15 @@ def predict(
         pass over the inputs if they are computed together. Default: the only tensor.
     method, training, device, preprocess, postprocess, autocast, dtype, sort_by
         As for `Predictor`.
-    **inputs : numpy.ndarray, dask.array.Array or Windows, or anything else
+    columns : label, list of labels, or dict of them
+        Of a DataFrame only: one column is an input ``(rows,)``, a list one ``(rows, columns)`` in the dtype that they
+        have in common; a dict names the model's inputs, ``{"ids": "a", "x": ["b", "c"]}``.
+    into : label or list of labels, optional
+        Of a DataFrame: the new columns, one label for an output ``(rows,)`` or ``(rows, 1)``, a list for ``(rows, k)``
+        (or one text, to be numbered). Default: "prediction", "prediction_0"... Of a DataArray: names of the output's
+        axes after the first; one named like an axis of the input, and as long, keeps its coordinates. Default:
+        "output_0"... With several outputs or models: a list with an entry for each output of each.
+    **inputs : numpy.ndarray, dask.array.Array, xarray.DataArray or Windows, or anything else
         Arrays are passed to the model by keyword, row by row; other values as they are.
 
     Returns
@@ -76,6 +88,10 @@ def predict(
     numpy.ndarray or dask.array.Array, or a tuple of them
         ``(rows, ...)``: computed at once in this process if all inputs are NumPy arrays, or windows of such; lazy, in
         the row chunks of the first lazy input, if any is a dask array or windows of one.
+    xarray.DataArray, or a tuple of them
+        If any input is one: with the coordinates of its rows, and its attributes; lazy if any input is.
+    pandas.DataFrame or dask.dataframe.DataFrame
+        The one given, with new columns; a dask one is lazy.
 
     Raises
     ------
@@ -97,6 +113,17 @@ def predict(
     >>> _ = zc.connect("file"), zc.put(torch.nn.Linear(4, 2).eval(), "doc-predict")
     >>> predict("doc-predict", da.ones((1000, 4), chunks=(250, 4)))
     dask.array<predict, shape=(1000, 2), dtype=float32, chunksize=(250, 2), chunktype=numpy.ndarray>
+
+    Columns of a DataFrame, and DataArrays:
+
+    >>> import numpy as np, pandas as pd
+    >>> frame = pd.DataFrame(np.ones((5, 6)), columns=[*"uvwxyz"])
+    >>> predict("doc-predict", frame, columns=["w", "x", "y", "z"], into=["left", "right"]).columns.tolist()
+    ['u', 'v', 'w', 'x', 'y', 'z', 'left', 'right']
+    >>> import xarray as xr
+    >>> rows = xr.DataArray(np.ones((3, 4)), dims=("time", "feature"), coords={"time": [2024, 2025, 2026]})
+    >>> predict("doc-predict", rows, into="class").sel(time=2025).sizes
+    Frozen({'class': 2})
     """
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -110,12 +137,25 @@ def predict(
         "dtype": dtype,
         "sort_by": sort_by,
     }
-    every, keywords, constants = _sorted_out(arrays, inputs)
-    if isinstance(model, str | ModelRef | Predictor):
-        return _apply(_predictor(model, settings, constants, keywords), every)
-    ensemble = Ensemble([_predictor(one, settings, constants, keywords) for one in model])
-    bound = ensemble.bind([rows_of(array) for array in every], lambda: [first_rows(array) for array in every])
-    return bound.grouped(_apply(bound, every))
+    table = Table.of(arrays, inputs, columns, into)
+    if table is not None:
+        _refuse_lists(inputs)
+        return table.through(_asked(model, settings, inputs, table.keywords))
+    labels = Labels.of(arrays, inputs, into)
+    plain = {name: unlabelled(value) for name, value in inputs.items()}
+    every, keywords, constants = _sorted_out([*map(unlabelled, arrays)], plain)
+    asked = _asked(model, settings, constants, keywords)
+    if labels is None and isinstance(asked, Predictor):
+        return _apply(asked, every)
+    bound = asked.bind([rows_of(array) for array in every], lambda: [first_rows(array) for array in every])
+    dims = labels.dims(bound.outputs, bound.several) if labels is not None else ()
+    made = _apply(bound, every)
+    results = made if bound.several else [made]
+    if labels is not None:
+        results = [labels.put_on(array, axes) for array, axes in zip(results, dims, strict=True)]
+    if isinstance(bound, Ensemble):
+        return bound.grouped(results)
+    return tuple(results) if bound.several else results[0]
 
 
 def predict_by(models: Mapping[Any, str | ModelRef | Predictor], *arrays: Any, by: Any, **settings: Any) -> Any:
@@ -172,12 +212,7 @@ def _sorted_out(arrays: Sequence[Any], inputs: Mapping[str, Any]) -> tuple[list[
     """All arrays, the names of the last of them, and what goes to the model as it is."""
     named = {name: value for name, value in inputs.items() if _is_array(value)}
     constants = {name: value for name, value in inputs.items() if name not in named}
-    for name, value in constants.items():
-        if isinstance(value, list) or len(getattr(value, "shape", ())) > 0:
-            raise InputError(
-                f"{name} is a {type(value).__name__}: if it has a row for each row of the others, give a NumPy or dask "
-                "array, for example np.asarray(x); if it is for the model as it is, give a tuple"
-            )
+    _refuse_lists(constants)
     every = [*arrays, *named.values()]
     if not every:
         raise InputError("no input given: pass one array or more, with rows along axis 0")
@@ -187,6 +222,24 @@ def _sorted_out(arrays: Sequence[Any], inputs: Mapping[str, Any]) -> tuple[list[
                 f"input {number} is a {type(array).__name__}: give a NumPy or dask array, for example np.asarray(x)"
             )
     return every, tuple(named), constants
+
+
+def _refuse_lists(constants: Mapping[str, Any]) -> None:
+    for name, value in constants.items():
+        if isinstance(value, list) or len(getattr(value, "shape", ())) > 0:
+            raise InputError(
+                f"{name} is a {type(value).__name__}: if it has a row for each row of the others, give a NumPy or dask "
+                "array, for example np.asarray(x); if it is for the model as it is, give a tuple"
+            )
+
+
+def _asked(
+    model: Any, settings: dict[str, Any], constants: dict[str, Any], keywords: tuple[str, ...]
+) -> Predictor | Ensemble:
+    """The model, or the ensemble of a list of them."""
+    if isinstance(model, str | ModelRef | Predictor):
+        return _predictor(model, settings, constants, keywords)
+    return Ensemble([_predictor(one, settings, constants, keywords) for one in model])
 
 
 def _predictor(
