@@ -225,6 +225,7 @@ def write(buffer, position):
 found = {}
 for kind, make in makers.items():
     buffer, protection = Plasma(make(pages)).map(offset, nbytes)
+    twin, _ = Plasma(make(pages)).map(offset, nbytes)
     inner = buffer[10:20]
     facts = found[kind] = {"protection": protection, "content": buffer.tobytes() == before[offset : offset + nbytes]}
     facts["writes"] = [
@@ -236,9 +237,22 @@ for kind, make in makers.items():
     del buffer
     facts["write through a view that is left"] = signal_of(lambda: write(inner, 0))
     facts["unchanged"] = bytes(pages) == before
-    facts["write to the next object"] = signal_of(lambda: pages.__setitem__(6 * PAGE - 1, before[-1]))
     del inner
+    facts["write while another array lies on the pages"] = signal_of(lambda: write(twin, 0))
+    facts["write to the next object"] = signal_of(lambda: pages.__setitem__(6 * PAGE - 1, before[-1]))
+    del twin
     facts["write after release"] = signal_of(lambda: pages.__setitem__(offset, before[offset]))
+
+class Pinned:
+    '''What Ray's buffer is: told when nobody holds it any more.'''
+
+    def __init__(self):
+        self.__array_interface__ = np.frombuffer(pages, np.uint8).__array_interface__
+
+    def __del__(self):
+        found["write at release"] = signal_of(lambda: pages.__setitem__(offset, before[offset]))
+
+Plasma(np.asarray(Pinned())).map(offset, nbytes)
 print(json.dumps(found))
 """
 
@@ -264,6 +278,11 @@ class TestReadOnly:
     def test_a_write_through_any_view_ends_the_process(self, kind: str, read_only: dict[str, Any]) -> None:
         assert read_only[kind]["write through a view that is left"] == 11
 
+    def test_a_write_ends_the_process_as_long_as_one_of_several_arrays_lies_there(
+        self, kind: str, read_only: dict[str, Any]
+    ) -> None:
+        assert read_only[kind]["write while another array lies on the pages"] == 11
+
     def test_no_byte_has_changed(self, kind: str, read_only: dict[str, Any]) -> None:
         assert read_only[kind]["unchanged"]
 
@@ -272,3 +291,7 @@ class TestReadOnly:
 
     def test_pages_are_writable_again_after_release(self, kind: str, read_only: dict[str, Any]) -> None:
         assert read_only[kind]["write after release"] == 0
+
+
+def test_pages_are_writable_before_they_are_released(read_only: dict[str, Any]) -> None:
+    assert read_only["write at release"] == 0

@@ -7,13 +7,14 @@ a Plasma object, or, where a Plasma object cannot be mapped a second time, Plasm
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import mmap
 import os
 import sys
-import weakref
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,12 +30,14 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has no name for it
+_STANDARD_ERROR = 2  # sys.stderr may be no file, as in a notebook
 
 
 class _Pages:
-    """Pages of this process; unmapped, and their ``owner`` let go of, when no array lies on them any more.
+    """Pages of this process; they, and their ``owner``, are let go of when no array lies on them any more.
 
     Not an ``mmap.mmap``: that holds a descriptor each, and a process has a thousand.
     """
@@ -54,8 +57,37 @@ class _Pages:
         }
         return np.asarray(self)
 
+
+class _Mapping(_Pages):
+    """Pages that were mapped here, and are unmapped."""
+
     def __del__(self, unmap: Any = _LIBC.munmap) -> None:
         unmap(self._address, self._nbytes)
+
+
+class _ReadOnly(_Pages):
+    """Pages of Plasma's own mapping, made read-only, and writable again before it may give them to another object."""
+
+    # First pages of each that there is: a base and its variants, or threads that asked at once, have an array each,
+    # over the same pages. Here, and not in the module, since they are needed to the very end of the process.
+    _in_use: ClassVar[list[int]] = []
+    # Reentrant: a garbage collection in the midst of it may let go of other pages.
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    _libc: ClassVar[Any] = _LIBC
+    _read_write = _READ_WRITE
+
+    def __init__(self, address: int, nbytes: int, owner: Any):
+        super().__init__(address, nbytes, owner)
+        with self._lock:
+            self._in_use.append(address)
+            if _LIBC.mprotect(address, nbytes, mmap.PROT_READ) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    def __del__(self) -> None:
+        with self._lock:
+            self._in_use.remove(self._address)
+            if self._address not in self._in_use:
+                self._libc.mprotect(self._address, self._nbytes, self._read_write)
 
 
 def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> Bytes:
@@ -94,12 +126,10 @@ def _map(descriptor: int, offset: int, nbytes: int, owner: Any) -> Bytes:
     start = offset // _PAGE * _PAGE
     length = offset - start + nbytes
     # Without a reservation: what nobody writes to needs no memory of its own.
-    address = _LIBC.mmap(
-        None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, start
-    )
+    address = _LIBC.mmap(None, length, _READ_WRITE, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, start)
     if address == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), f"{nbytes:,} bytes cannot be mapped: {os.strerror(ctypes.get_errno())}")
-    return _Pages(address, length, owner).array(offset - start, nbytes)
+    return _Mapping(address, length, owner).array(offset - start, nbytes)
 
 
 def written_pages(buffer: Bytes) -> int:
@@ -173,8 +203,9 @@ class Plasma:
         buffer : numpy.ndarray
             uint8, the same bytes.
         protection : str
-            "copy-on-write"; or "read-only", where the raylet's open file is out of reach (another user or process
-            namespace): a write to it then ends this process.
+            "copy-on-write"; or "read-only", where the raylet's open file is out of reach (this process has fewer
+            capabilities, or a user namespace of its own): a write to it then ends this process, and all its threads
+            are traced on standard error.
         """
         source = _open_file_of_raylet(*self.file) if self.file is not None else None
         if source is None:
@@ -250,19 +281,11 @@ def _raylets() -> Iterator[str]:
 
 
 def _read_only(owner: Plasma, array: Bytes, offset: int, nbytes: int) -> Bytes:
-    """Make pages of ``array`` read-only until it is released, since Plasma then reuses them."""
+    """Bytes of ``array``, whose pages are read-only as long as they are in use."""
+    # Ray has a fault told by the Python thread that it occurs in, and torch writes large tensors in threads of its own.
+    faulthandler.enable(_STANDARD_ERROR, all_threads=True)
     address = array.ctypes.data + offset
     start = address // _PAGE * _PAGE
     end = (address + nbytes) // _PAGE * _PAGE
-    _protect(start, end - start, mmap.PROT_READ)
-    weakref.finalize(array, _protect, start, end - start, mmap.PROT_READ | mmap.PROT_WRITE)
     # Torch has no read-only tensors, and warns of arrays that are; what guards the pages is the hardware.
-    pages: Any = (ctypes.c_ubyte * nbytes).from_address(address)
-    pages.owner = owner
-    buffer: Bytes = np.frombuffer(pages, np.uint8)
-    return buffer
-
-
-def _protect(address: int, nbytes: int, protection: int) -> None:
-    if _LIBC.mprotect(address, nbytes, protection) != 0:
-        raise OSError(ctypes.get_errno(), "mprotect")
+    return _ReadOnly(start, end - start, owner).array(address - start, nbytes)
