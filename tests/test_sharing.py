@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from zcinfer.sharing import Plasma, map_file
+from zcinfer.sharing import Plasma, copy_mapped, map_file
 
 PAGE = mmap.PAGESIZE
 
@@ -171,6 +171,21 @@ def test_a_second_mapping_keeps_rays_array(plasma: tuple[np.ndarray[Any, Any], i
     assert gone() is not None
     del tensor
     assert gone() is None
+
+
+def test_copies_stay_what_they_are(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
+    array, _ = plasma
+    buffer, _ = Plasma(array).map(PAGE + 5, 2 * PAGE)
+    tensor = torch.from_numpy(buffer)[7:]
+    tensor[0] = 77
+    before, mappings = buffer.tobytes(), len(Path("/proc/self/maps").read_text().splitlines())
+    copy_mapped()
+    array[:] = 0
+    assert buffer.tobytes() == before
+    tensor.zero_()
+    assert not array.any()
+    del tensor, buffer
+    assert len(Path("/proc/self/maps").read_text().splitlines()) <= mappings
 
 
 def test_a_raylet_that_has_died_is_not_asked(plasma: tuple[np.ndarray[Any, Any], int]) -> None:

@@ -88,8 +88,8 @@ def connect(store: str | None = None) -> Store:
         keep_store(chosen)
         _current = chosen
         # Registered last, to run first: before what started a Ray of our own ends it.
-        atexit.unregister(disconnect)
-        atexit.register(disconnect)
+        atexit.unregister(_disconnect)
+        atexit.register(_disconnect, ending=True)
         return chosen
 
 
@@ -102,11 +102,19 @@ def disconnect() -> None:
     --------
     >>> _ = connect("file")
     >>> disconnect()
+
+    Notes
+    -----
+    What is loaded from a Ray that goes on is copied, into memory of this process: drop it before, if it is not needed.
     """
+    _disconnect(ending=False)
+
+
+def _disconnect(ending: bool) -> None:
     global _current
     with _lock:
         if _current is not None:
-            drop_store(_current)
+            drop_store(_current, ending)
             _current = None
 
 

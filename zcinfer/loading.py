@@ -25,7 +25,7 @@ from . import config
 from .description import Bytes
 from .errors import SettingsError, StoreUnavailable
 from .parts import join
-from .sharing import written_pages
+from .sharing import spares, written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
 from .stores import is_open, open_store
 
@@ -256,3 +256,4 @@ class Residents:
 
 
 residents = Residents(int(config.get("residents")))
+spares.append(residents.clear)

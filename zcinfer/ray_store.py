@@ -33,7 +33,7 @@ from .description import Bytes, Description
 from .errors import StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
 from .registry import Registry
-from .sharing import Plasma
+from .sharing import Plasma, copy_mapped
 from .sizes import parse_size
 from .store import Fetched
 from .stores import PATIENCE
@@ -206,7 +206,10 @@ class RayStore:
                 if select.select([raylet], [], [], 0)[0]:
                     self._lost.set()
 
-    def close(self) -> None:
+    def close(self, ending: bool = False) -> None:
+        # Nobody writes any more to the memory of a Ray that has ended.
+        if not (ending or self._lost.is_set() or self._own is not None):
+            self._session.copy_loaded()
         self._lost.set()
         with self._keeping:
             if self._timer is not None:
@@ -318,6 +321,7 @@ class _Session:
     def enter(cls, address: str, environment: dict[str, str], within: Callable[[Callable[[], None]], None]) -> _Session:
         """Connect; another store's session is left first, and one that is not ours is never left."""
         if cls.current is not None:
+            cls.current.copy_loaded()
             cls.current.leave(float(config.get("ray.timeout")))
         users = _refuse_another(address)
         session = cls(address, environment or _users_token(), users)
@@ -340,8 +344,20 @@ class _Session:
             logging_level=logging.ERROR,
         )
 
+    def copy_loaded(self) -> None:
+        """Before it is left: have what is loaded stay what it is, also when its memory is another object's."""
+        if not self.entered or self.users:
+            return
+        try:
+            copy_mapped()
+        except OSError as error:
+            raise StoreUnavailable(
+                f"Ray at {self.address} cannot be left: what is loaded from it must be copied, and {error}. Drop "
+                "models that are not needed."
+            ) from error
+
     def leave(self, seconds: float) -> None:
-        """Disconnect, unless the session is the user's. What is loaded stays loaded."""
+        """Disconnect, unless the session is the user's. What is loaded stays loaded (see `copy_loaded`)."""
         with self._leaving:
             if not self.entered:
                 return

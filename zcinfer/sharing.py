@@ -12,7 +12,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,9 @@ _LIBC.mmap.restype = ctypes.c_void_p
 _LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+if sys.platform == "linux":
+    _LIBC.mremap.restype = ctypes.c_void_p
+    _LIBC.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has no name for it
@@ -46,6 +50,8 @@ class _Pages:
         self._address = address
         self._nbytes = nbytes
         self.owner = owner
+        if owner is not None:
+            _OWNED[id(self)] = self
 
     def array(self, offset: int, nbytes: int) -> Bytes:
         """Bytes of the pages (uint8, writable), which keep them."""
@@ -56,6 +62,20 @@ class _Pages:
             "data": (self._address + offset, False),
         }
         return np.asarray(self)
+
+    def copy(self) -> None:
+        """Put copies in the place of the pages, at once, so that they are no other process's any more."""
+        address = _LIBC.mmap(None, self._nbytes, _READ_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if address == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        ctypes.memmove(address, self._address, self._nbytes)
+        may_move, fixed = 1, 2
+        if _LIBC.mremap(address, self._nbytes, self._nbytes, may_move | fixed, self._address) == _MAP_FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+# Those of Plasma's objects.
+_OWNED: weakref.WeakValueDictionary[int, _Pages] = weakref.WeakValueDictionary()
 
 
 class _Mapping(_Pages):
@@ -152,6 +172,27 @@ def written_pages(buffer: Bytes) -> int:
     # Bits: 63 present, 62 swapped, 61 of a file or shared. A copied page is anonymous.
     held, backed = entries >> np.uint64(62), (entries >> np.uint64(61)) & np.uint64(1)
     return int(np.count_nonzero((held != 0) & (backed == 0)))
+
+
+# What drops that which is only kept for later, so that it need not be copied.
+spares: list[Callable[[], None]] = []
+
+
+def copy_mapped() -> None:
+    """Make all that is mapped of objects this process's own, at the same addresses: it is about to let go of them.
+
+    Who is in Ray no more holds none of its objects. Their memory is then given to others, and would change.
+
+    Raises
+    ------
+    OSError
+        There is not enough memory.
+    """
+    for drop in spares:
+        drop()
+    found = [pages for reference in _OWNED.valuerefs() if (pages := reference()) is not None]
+    for pages in {pages._address: pages for pages in found}.values():
+        pages.copy()
 
 
 class Plasma:

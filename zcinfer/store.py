@@ -118,8 +118,8 @@ class Store(Protocol):
     def forget(self, digest: str) -> None:
         """Drop a model from the cache. Who has it mapped keeps it."""
 
-    def close(self) -> None:
-        """Let go of what this process holds of the store."""
+    def close(self, ending: bool = False) -> None:
+        """Let go of what this process holds of the store. What is loaded stays what it is, unless the process ends."""
 
 
 class _Opened(NamedTuple):
@@ -191,5 +191,5 @@ class FileStore:
     def forget(self, digest: str) -> None:
         self._read.pop(digest, None)
 
-    def close(self) -> None:
+    def close(self, ending: bool = False) -> None:
         pass

@@ -59,17 +59,17 @@ def keep_store(store: Store) -> None:
     _open[store.url] = store
 
 
-def drop_store(store: Store) -> None:
-    """Close a store and forget it."""
+def drop_store(store: Store, ending: bool = False) -> None:
+    """Close a store and forget it; what is loaded stays what it is, unless the process ends."""
     if _open.get(store.url) is store:
         del _open[store.url]
-    store.close()
+    store.close(ending)
 
 
 def close_all() -> None:
-    """Close all stores of this process; what is loaded stays loaded."""
+    """Close all stores of this process, which ends."""
     while _open:
-        _open.popitem()[1].close()
+        _open.popitem()[1].close(ending=True)
 
 
 def _leave_to_parent() -> None:
