@@ -188,6 +188,20 @@ def test_copies_stay_what_they_are(plasma: tuple[np.ndarray[Any, Any], int]) -> 
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= mappings
 
 
+def test_a_raylet_that_hides_its_files_is_asked_once(
+    plasma: tuple[np.ndarray[Any, Any], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listdir(path: str) -> list[str]:
+        asked.append(path)
+        raise PermissionError
+
+    asked: list[str] = []
+    array, pid = plasma
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert [Plasma(array).map(PAGE, PAGE)[1] for _ in range(3)] == ["read-only"] * 3
+    assert asked.count(f"/proc/{pid}/fd") == 1
+
+
 def test_a_raylet_that_has_died_is_not_asked(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
     array, pid = plasma
     before = array.tobytes()

@@ -23,8 +23,10 @@ from .description import Bytes
 
 _PAGE = mmap.PAGESIZE
 
-# Where files were found last, by device and inode. The search through /proc takes milliseconds.
+# Where files were found last, by device and inode, and those that a raylet may have open but does not show us. The
+# search through /proc takes milliseconds.
 _FOUND: dict[tuple[int, int], str] = {}
+_HIDDEN: set[tuple[int, int]] = set()
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -276,16 +278,23 @@ def _open_file_of_raylet(device: int, inode: int) -> tuple[str, int] | None:
     descriptor = _open(found, device, inode) if found is not None else None
     if found is not None and descriptor is not None:
         return found, descriptor
+    if (device, inode) in _HIDDEN:
+        return None
+    hidden = False
     for process in _raylets():
         try:
-            paths = [f"{process}/fd/{number}" for number in os.listdir(f"{process}/fd")]
+            for number in os.listdir(f"{process}/fd"):
+                path = f"{process}/fd/{number}"
+                descriptor = _open(path, device, inode) if _is_file(path, device, inode) else None
+                if descriptor is not None:
+                    _FOUND[device, inode] = path
+                    return path, descriptor
+        except PermissionError:
+            hidden = True
         except OSError:
-            continue  # another user's, or gone
-        for path in paths:
-            descriptor = _open(path, device, inode) if _is_file(path, device, inode) else None
-            if descriptor is not None:
-                _FOUND[device, inode] = path
-                return path, descriptor
+            continue  # gone
+    if hidden:
+        _HIDDEN.add((device, inode))
     return None
 
 
@@ -306,8 +315,8 @@ def _is_file(path: str, device: int, inode: int) -> bool:
     # Looked at before it is opened: to open a pipe or a device may do more than open it.
     try:
         status = os.stat(path)
-    except OSError:
-        return False
+    except FileNotFoundError:
+        return False  # closed
     # st_dev of a tmpfs is what maps shows; on overlay file systems only the inode agrees.
     return (status.st_dev, status.st_ino) == (device, inode)
 
