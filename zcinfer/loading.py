@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import is_
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -81,11 +82,18 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     torch.nn.Module
         Its weights are views of shared memory; what is written to them stays in this process.
     """
-    return _load(ref, device)[0]
+    return _load(ref, device).model
 
 
-def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, tuple[Bytes, ...]]:
-    """The module, and the mappings that its weights are views of."""
+class _Loaded(NamedTuple):
+    """A module, the mappings that its weights are views of, and whether these are read-only."""
+
+    model: torch.nn.Module
+    buffers: tuple[Bytes, ...]
+    read_only: bool
+
+
+def _load(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     # Thousands of new objects call for a garbage collection every few hundred, and none of them is garbage. The one
     # that is due comes after the load.
     collecting = gc.isenabled()
@@ -97,7 +105,7 @@ def _load(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Mo
             gc.enable()
 
 
-def _build(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.Module, tuple[Bytes, ...]]:
+def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     seconds: dict[str, float] = {}
     target = device_of(device)
     begin = perf_counter()
@@ -125,7 +133,26 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> tuple[torch.nn.M
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
     private = len(fetched.skeleton)
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
-    return model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,)))
+    if read_only:
+        _tell_read_only(ref)
+    return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only)
+
+
+# Stores whose models are known to be read-only here.
+_told_read_only: set[str] = set()
+
+
+def _tell_read_only(ref: ModelRef) -> None:
+    if ref.store in _told_read_only:
+        return
+    _told_read_only.add(ref.store)
+    log.warning(
+        "%s is read-only in this process, as all models of its store: the raylet is gone, or has rights that this "
+        "process has not (capabilities, its user namespace). A write to weights, as of an optimiser, load_state_dict "
+        "or Embedding(max_norm), ends the process with 'Segmentation fault' and a traceback. Write to a "
+        "copy.deepcopy() of the model.",
+        ref,
+    )
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
@@ -160,7 +187,9 @@ class Resident:
     """A module built in this process, and what tells whether it has been written to since."""
 
     def __init__(self, ref: ModelRef, device: str, training: str):
-        self.model, self._buffers = _load(ref, device)
+        self.model, self._buffers, read_only = _load(ref, device)
+        # The copies that it then has of small tensors and buffers are no mapping, which would tell of writes to them.
+        self.is_watched = not read_only or device_of(device).type != "cpu"
         if training == "eval":
             self.model.eval()
         # Attributes, parameters, buffers and submodules of each module, as they are now.
@@ -231,6 +260,8 @@ class Residents:
             resident = Resident(ref, device, training)
         # Not given back after an exception: what it left half-done is not known.
         yield resident.model
+        if not resident.is_watched:
+            return
         if not resident.is_unchanged():
             if ref.digest not in self._told:
                 self._told.add(ref.digest)
