@@ -525,7 +525,7 @@ def no_axis(path: Path) -> Path:
         (no_axis, "is a single number"),
         (lambda path: save(path, rows().astype("M8[s]"), zarr_format=2), "is not numeric"),
         (lambda path: save(path, rows()[:, :3]), r"found input 0 \(rows, 3\) float32; Linear expects in_features=4"),
-        (lambda path: rows(), "input is a ndarray: give the path or URL"),
+        (lambda path: rows(), "input is a ndarray: give a path or URL"),
         (lambda path: da.ones((9, 4), chunks=3)[da.ones(9, chunks=3) > 0], r"compute_chunk_sizes\(\)"),
         (lambda path: {}, "no input given"),
     ],

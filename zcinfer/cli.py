@@ -190,10 +190,11 @@ def run(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Run MODEL over the rows of the zarr array SOURCE and write the zarr array TARGET.
+    """Run MODEL over the rows of SOURCE and write the zarr array TARGET.
 
-    Rows lie along axis 0. Stopped at any moment, the same command goes on where it was; TARGET appears under its name
-    when it is complete. With several inputs:
+    SOURCE is a zarr array's path or URL, a .npy file, or FILE.h5::/DATASET. Rows lie along axis 0. Stopped at any
+    moment, the same command goes on where it was; TARGET appears under its name when it is complete. With several
+    inputs:
 
     \b
       zcinfer run bert out.zarr --input input_ids=ids.zarr --input attention_mask=mask.zarr

@@ -23,7 +23,7 @@ from .outputs import Output
 from .predictor import Predictor
 from .progress import Progress
 from .rows import first_rows, rows_of
-from .sources import open_source, stamp
+from .sources import Source, open_source
 from .store import ModelRef
 from .target import Target, token_of, write_block
 
@@ -70,7 +70,7 @@ def run(
     progress: bool = True,
     **constants: Any,
 ) -> Report:
-    """Apply a model to zarr arrays on disk and write the result to a new zarr array, restartable.
+    """Apply a model to arrays on disk and write the result to a new zarr array, restartable.
 
     Runs on the current Dask client's cluster, or in this process where there is none.
 
@@ -78,14 +78,16 @@ def run(
     ----------
     model : str or ModelRef
     source : str, path, zarr.Array or dask.array.Array; or a dict of them by input name
-        ``(rows, ...)`` each.
+        ``(rows, ...)`` each. Text is a zarr array's path or URL (any that fsspec knows), a ``.npy`` file, or a dataset
+        of an HDF5 file as ``FILE.h5::/DATASET``.
     target : path
         Zarr array to be written (format 3). Its chunks are whole blocks.
     resume : bool
         True: do what an interrupted run of the same job left; nothing if it is complete. False: throw away what
         a run of ours has left there, and start over.
     block_rows : int, optional
-        Rows of a block; default: those of the first input's chunks.
+        Rows of a block. Default: those of the first input's chunks or shards; of about 8 MiB where it is a ``.npy`` or
+        HDF5 file.
     progress : bool
         Show progress on standard error.
     batch_size, output, method, training, device, **constants
@@ -98,7 +100,7 @@ def run(
     Raises
     ------
     InputError
-        A source is no zarr array, or the model refuses its rows.
+        A source is not there or no array, or the model refuses its rows.
     OutputError
         The target exists and is not ours, or is another job's.
     BlockError
@@ -152,9 +154,9 @@ class Job:
         self.resume = resume
         self.named = isinstance(source, Mapping)
         sources = _by_name(source)
-        opened = _open_all(sources, self.place)
-        rows = block_rows or max(next(iter(opened.values())).chunks[0])
-        self.arrays = {name: array.rechunk({0: rows}) for name, array in opened.items()}
+        opened = _open_all(sources, self.place, block_rows)
+        rows = block_rows or max(next(iter(opened.values())).array.chunks[0])
+        self.arrays = {name: source.array.rechunk({0: rows}) for name, source in opened.items()}
         predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
@@ -164,7 +166,7 @@ class Job:
             "model": str(predictor.ref),
             "digest": predictor.ref.digest,
             "settings": predictor.fingerprint(),
-            "inputs": {name: stamp(value, opened[name]) for name, value in sources.items()},
+            "inputs": {name: source.stamp for name, source in opened.items()},
         }
         self.place.check(_manifest(self._lazy(), self.identity), resume)
         # An earlier run's, if there was one: other batches would change last bits.
@@ -283,10 +285,14 @@ def _by_name(source: Any) -> dict[str, Any]:
     }
 
 
-def _open_all(sources: dict[str, Any], place: Target) -> dict[str, da.Array]:
+def _open_all(sources: dict[str, Any], place: Target, rows: int | None) -> dict[str, Source]:
     place.refuse_foreign()
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
     for name, value in sources.items():
         place.refuse_source(value, name)
-    return {name: open_source(value, name) for name, value in sources.items()}
+    opened: dict[str, Source] = {}
+    for name, value in sources.items():
+        opened[name] = open_source(value, name, rows)
+        rows = rows or max(opened[name].array.chunks[0])  # of the first
+    return opened
