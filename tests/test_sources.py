@@ -277,7 +277,9 @@ def test_block_rows_of_what_has_no_chunks(tmp_path: Path) -> None:
         source = open_source(str(tmp_path / given), "input")
         assert source.array.chunks[0][0] == expected
         assert len(source.array.chunks[1]) == 1
-    assert open_source(tmp_path / "long.npy", "input", 7).array.chunks[0][:2] == (7, 7)
+    blocks = open_source(tmp_path / "long.npy", "input").in_blocks(7)
+    assert blocks.chunks[0][:2] == (7, 7)
+    assert len(blocks.dask) == blocks.npartitions + 1  # each read by itself
 
 
 def test_blocks_are_shards_of_the_source(tmp_path: Path) -> None:

@@ -166,6 +166,9 @@ def rm(models: tuple[str, ...]) -> None:
 @click.option("--method", default="forward", show_default=True, help="Method of the model to call.")
 @click.option("--batch-size", default="auto", show_default=True, help="Rows that one forward gets, or 'auto'.")
 @click.option("--block-rows", type=click.IntRange(1), help="Rows of a block. Default: the source's chunks.")
+@click.option(
+    "--chunk-rows", type=click.IntRange(1), help="Rows of a chunk of TARGET; a block is then a shard of them."
+)
 @click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
               help="What to do with a model in train mode.")  # fmt: skip
 @click.option("--device", help="Default: cuda where there is one, else cpu.")
@@ -182,6 +185,7 @@ def run(
     method: str,
     batch_size: str,
     block_rows: int | None,
+    chunk_rows: int | None,
     training: str,
     device: str | None,
     workers: int | None,
@@ -228,6 +232,7 @@ def run(
         training=training,
         device=device,
         block_rows=block_rows,
+        chunk_rows=chunk_rows,
     )
     if sys.stderr.isatty():  # seconds without a sign of life are for logs
         click.echo("starting ..." if scheduler is None else f"connecting to {scheduler} ...", err=True)

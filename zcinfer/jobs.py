@@ -67,6 +67,7 @@ def run(
     training: str = "refuse",
     device: str | None = None,
     block_rows: int | None = None,
+    chunk_rows: int | None = None,
     progress: bool = True,
     **constants: Any,
 ) -> Report:
@@ -81,13 +82,16 @@ def run(
         ``(rows, ...)`` each. Text is a zarr array's path or URL (any that fsspec knows), a ``.npy`` file, or a dataset
         of an HDF5 file as ``FILE.h5::/DATASET``.
     target : path
-        Zarr array to be written (format 3). Its chunks are whole blocks.
+        Zarr array to be written (format 3). Its chunks, or its shards, are blocks.
     resume : bool
         True: do what an interrupted run of the same job left; nothing if it is complete. False: throw away what
         a run of ours has left there, and start over.
     block_rows : int, optional
         Rows of a block. Default: those of the first input's chunks or shards; of about 8 MiB where it is a ``.npy`` or
-        HDF5 file.
+        HDF5 file; with ``chunk_rows``, rounded up to whole chunks.
+    chunk_rows : int, optional
+        Rows of a chunk: a block is then a shard, one file of several chunks that can be read one by one. Default: a
+        block is a chunk.
     progress : bool
         Show progress on standard error.
     batch_size, output, method, training, device, **constants
@@ -127,6 +131,7 @@ def run(
         training=training,
         device=device,
         block_rows=block_rows,
+        chunk_rows=chunk_rows,
         **constants,
     )
     return job.run(progress=progress)
@@ -146,17 +151,20 @@ class Job:
         *,
         resume: bool = True,
         block_rows: int | None = None,
+        chunk_rows: int | None = None,
         **settings: Any,
     ):
-        if block_rows is not None and block_rows < 1:
-            raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
+        _check_rows(block_rows, chunk_rows)
         self.place = Target(target)
         self.resume = resume
         self.named = isinstance(source, Mapping)
         sources = _by_name(source)
-        opened = _open_all(sources, self.place, block_rows)
-        rows = block_rows or max(next(iter(opened.values())).array.chunks[0])
-        self.arrays = {name: source.array.rechunk({0: rows}) for name, source in opened.items()}
+        opened = _open_all(sources, self.place)
+        rows = block_rows or max(1, *next(iter(opened.values())).array.chunks[0])
+        if chunk_rows is not None:
+            rows = -(-rows // chunk_rows) * chunk_rows
+        self.chunk_rows = chunk_rows if chunk_rows != rows else None
+        self.arrays = {name: source.in_blocks(rows) for name, source in opened.items()}
         predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
@@ -168,7 +176,7 @@ class Job:
             "settings": predictor.fingerprint(),
             "inputs": {name: source.stamp for name, source in opened.items()},
         }
-        self.place.check(_manifest(self._lazy(), self.identity), resume)
+        self.place.check(_manifest(self._lazy(), self.identity, self.chunk_rows), resume)
         # An earlier run's, if there was one: other batches would change last bits.
         self.batch_rows = self.place.recorded("batch_rows") if resume else None
 
@@ -178,13 +186,13 @@ class Job:
         if self.batch_rows is None:
             (self.batch_rows,) = compute(self.predictor.planned(next(iter(self.arrays.values())).chunks[0]))
         self.predictor.batch_size = self.batch_rows
-        label = str(self.predictor.ref)
         return write(
             self._lazy(),
             self.place,
             self.identity,
             resume=self.resume,
-            label=label,
+            chunk_rows=self.chunk_rows,
+            label=str(self.predictor.ref),
             progress=progress,
             batch_rows=self.batch_rows,
         )
@@ -206,6 +214,7 @@ def write(
     identity: dict[str, Any],
     *,
     resume: bool = True,
+    chunk_rows: int | None = None,
     label: str = "writing",
     progress: bool = True,
     batch_rows: int | None = None,
@@ -219,8 +228,8 @@ def write(
     target : path
     identity : dict
         What is computed, in JSON types; a restart goes on only with the same.
-    resume, progress
-        As for `run`.
+    resume, chunk_rows, progress
+        As for `run`; of ``chunk_rows`` a block is a multiple.
     label : str
         What to call the job.
     batch_rows : int, optional
@@ -237,7 +246,7 @@ def write(
         raise OutputError(
             f"the row chunks {lengths[:4]}... have different or unknown lengths: rechunk the input, x.rechunk({{0: n}})"
         )
-    manifest = _manifest(array, identity) | {"batch_rows": batch_rows}
+    manifest = _manifest(array, identity, chunk_rows) | {"batch_rows": batch_rows}
 
     def report(computed: int) -> Report:
         shape = tuple(array.shape)
@@ -269,14 +278,26 @@ def write(
         return report(len(missing))
 
 
-def _manifest(array: da.Array, identity: dict[str, Any]) -> dict[str, Any]:
+def _manifest(array: da.Array, identity: dict[str, Any], chunk_rows: int | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "identity": identity,
         "shape": list(array.shape),
         "dtype": array.dtype.str,
         "block_rows": array.chunks[0][0],
+        "chunk_rows": chunk_rows,
     }
+
+
+def _check_rows(block_rows: int | None, chunk_rows: int | None) -> None:
+    for name, rows in (("block", block_rows), ("chunk", chunk_rows)):
+        if rows is not None and rows < 1:
+            raise SettingsError(f"{name}_rows is {rows}: a {name} has one row at least")
+    if block_rows is not None and chunk_rows is not None and block_rows % chunk_rows:
+        raise SettingsError(
+            f"block_rows is {block_rows} and chunk_rows {chunk_rows}: a block is whole chunks, so give a multiple, "
+            f"for example block_rows={-(-block_rows // chunk_rows) * chunk_rows}"
+        )
 
 
 def _by_name(source: Any) -> dict[str, Any]:
@@ -285,14 +306,10 @@ def _by_name(source: Any) -> dict[str, Any]:
     }
 
 
-def _open_all(sources: dict[str, Any], place: Target, rows: int | None) -> dict[str, Source]:
+def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Source]:
     place.refuse_foreign()
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
     for name, value in sources.items():
         place.refuse_source(value, name)
-    opened: dict[str, Source] = {}
-    for name, value in sources.items():
-        opened[name] = open_source(value, name, rows)
-        rows = rows or max(opened[name].array.chunks[0])  # of the first
-    return opened
+    return {name: open_source(value, name) for name, value in sources.items()}

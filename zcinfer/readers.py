@@ -36,9 +36,9 @@ class Reader:
         with self.open() as array:
             self.shape: tuple[int, ...] = tuple(array.shape)
             self.dtype: np.dtype[Any] = array.dtype
-            chunk = getattr(array, "shards", None) or getattr(array, "chunks", None) or (1,)
+            chunk = getattr(array, "chunks", None) or (1,)
         self.ndim = len(self.shape)
-        # Rows that can only be read together.
+        # Rows that are read together, whichever of them is asked for.
         self.chunk_rows: int = chunk[0] if self.ndim else 1
 
     @contextmanager

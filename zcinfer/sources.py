@@ -34,16 +34,23 @@ class Source:
     Attributes
     ----------
     array : dask.array.Array
-        ``(rows, ...)``
+        ``(rows, ...)``, in its own chunks.
     stamp : dict
         What tells it from another, in JSON types.
+    reader : Reader, optional
+        Of a file that can be read from any row on.
     """
 
     array: da.Array
     stamp: dict[str, Any]
+    reader: Reader | None = None
+
+    def in_blocks(self, rows: int) -> da.Array:
+        """The array in blocks of so many rows."""
+        return self.array.rechunk({0: rows}) if self.reader is None else _lazy(self.reader, rows)
 
 
-def open_source(source: Any, name: str, rows: int | None = None) -> Source:
+def open_source(source: Any, name: str) -> Source:
     """Find what a user gave.
 
     Parameters
@@ -51,8 +58,6 @@ def open_source(source: Any, name: str, rows: int | None = None) -> Source:
     source : str, path, zarr.Array or dask.array.Array
     name : str
         What to call it in errors.
-    rows : int, optional
-        Rows of a block, for what has no chunks of its own.
 
     Returns
     -------
@@ -72,9 +77,9 @@ def open_source(source: Any, name: str, rows: int | None = None) -> Source:
         )
     path, inside = _parts(source)
     if inside or _is_hdf5(path):
-        return _open_hdf5(path, inside, source, name, rows)
+        return _open_hdf5(path, inside, source, name)
     if _is_npy(path):
-        return _open_npy(path, source, name, rows)
+        return _open_npy(path, source, name)
     return _open_zarr(source, name)
 
 
@@ -120,7 +125,7 @@ def _begins(path: str, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _open_hdf5(text: str, inside: str, source: str | Path, name: str, rows: int | None) -> Source:
+def _open_hdf5(text: str, inside: str, source: str | Path, name: str) -> Source:
     path = _file(text, name, "HDF5")
     if path.is_dir():
         raise InputError(f"{name}: {text} is a directory and no HDF5 file; a zarr array in it is {text}/{inside}")
@@ -128,14 +133,15 @@ def _open_hdf5(text: str, inside: str, source: str | Path, name: str, rows: int 
         found = _tried(lambda: datasets_of(path), f"{name}: {source} cannot be read as HDF5")
         raise InputError(f"{name}: {source} is an HDF5 file; give one of its datasets: {found}")
     reader = _tried(lambda: Hdf5Reader(f"{path}::{inside}"), f"{name}: there is no HDF5 dataset at {source}")
-    lazy = _lazy(reader, source, name, rows or _block_rows(reader))
-    return Source(lazy, file_stamp(path, "::/" + inside.strip("/"), reader))
+    _refuse_single(reader, source, name)
+    return Source(_lazy(reader, _block_rows(reader)), file_stamp(path, "::/" + inside.strip("/"), reader), reader)
 
 
-def _open_npy(text: str, source: str | Path, name: str, rows: int | None) -> Source:
+def _open_npy(text: str, source: str | Path, name: str) -> Source:
     path = _file(text, name, ".npy")
     reader = _tried(lambda: NpyReader(str(path)), f"{name}: there is no .npy file at {source}")
-    return Source(_lazy(reader, source, name, rows or _block_rows(reader)), file_stamp(path, "", reader))
+    _refuse_single(reader, source, name)
+    return Source(_lazy(reader, _block_rows(reader)), file_stamp(path, "", reader), reader)
 
 
 def _open_zarr(source: str | Path | zarr.Array[Any], name: str) -> Source:
@@ -146,15 +152,14 @@ def _open_zarr(source: str | Path | zarr.Array[Any], name: str) -> Source:
     if isinstance(found, zarr.Group):
         inside = ", ".join(f"{source}/{key}" for key in _keys(found)) or "it has no arrays, or does not list them"
         raise InputError(f"{name}: {source} is a zarr group; give one of its arrays: {inside}")
+    _refuse_single(found, source, name)
+    rows = (found.shards or found.chunks)[0]
     directory = directory_of(source)
     if directory is not None:
-        return Source(_lazy(ZarrReader(str(directory)), source, name), directory_stamp(directory, found))
-    if isinstance(source, zarr.Array):
-        # Workers get the store with it, and what it knows of passwords.
-        _refuse_single(source, source, name)
-        lazy = da.from_zarr(source).rechunk({0: (found.shards or found.chunks)[0]})
-    else:
-        lazy = _lazy(ZarrReader(str(source)), source, name)
+        return Source(_lazy(ZarrReader(str(directory)), rows), directory_stamp(directory, found))
+    # With an array that the user opened, workers get its store, and what that knows of passwords.
+    opened = isinstance(source, zarr.Array)
+    lazy = da.from_zarr(source).rechunk({0: rows}) if opened else _lazy(ZarrReader(str(source)), rows)
     return Source(lazy, remote_stamp(found) if isinstance(found.store, FsspecStore) else unknown_stamp())
 
 
@@ -171,10 +176,8 @@ def _block_rows(reader: Reader) -> int:
     return max(1, _BLOCK_BYTES // max(1, nbytes * reader.chunk_rows)) * reader.chunk_rows
 
 
-def _lazy(reader: Reader, source: Any, name: str, rows: int | None = None) -> da.Array:
+def _lazy(reader: Reader, rows: int) -> da.Array:
     """An array of blocks, each read where it is needed."""
-    _refuse_single(reader, source, name)
-    rows = rows or reader.chunk_rows
     return da.from_array(
         reader,
         chunks=(rows, *reader.shape[1:]),

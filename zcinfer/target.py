@@ -114,24 +114,30 @@ class Target:
                 zarr.create_array(
                     str(new),
                     shape=tuple(manifest["shape"]),
-                    chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
+                    **_cut(manifest),
                     dtype=manifest["dtype"],
                     attributes={"zcinfer": manifest["identity"]},
                 )
                 (new / ".zcinfer" / "done").mkdir(parents=True)
                 write_file(_manifest(new), json.dumps(manifest, indent=1).encode())
                 os.rename(new, self.partial)
+        self._clear_halves()
         marks = (mark.name for mark in (self.partial / ".zcinfer" / "done").iterdir())
         return {int(name) for name in marks if name.isdecimal()}
 
     def finish(self) -> None:
         """Give the complete output its name."""
+        self._clear_halves()
         with self._told():
             with _alone(self.partial):
-                for left in self.partial.rglob("*.partial"):
-                    left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
                 os.rename(self.partial, self.path)
             shutil.rmtree(self.path / ".zcinfer" / "done")
+
+    def _clear_halves(self) -> None:
+        """Remove what workers that were killed left of the files they wrote."""
+        with self._told(), _alone(self.partial):
+            for left in self.partial.rglob("*.partial"):
+                left.unlink(missing_ok=True)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -148,13 +154,37 @@ def write_block(block: Any, path: str, token: str, block_rows: int, block_id: tu
     number = block_id[0]
     try:
         with _sharing(Path(path), token):
-            _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
+            array = _open_target(path, token)
+            rows = slice(number * block_rows, number * block_rows + len(block))
+            _refuse_parts(array, rows, number)
+            array[rows] = block
             (Path(path) / ".zcinfer" / "done" / str(number)).touch()
     except OSError as error:
         raise BlockError(
             f"block {number} could not be written to {path}: {error}. Free space or rights, and run again."
         ) from error
     return np.full(1, len(block))
+
+
+def _cut(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Chunks and shards of an output: a block is one chunk, or one shard of several."""
+    rows, chunk_rows = max(1, manifest["block_rows"]), manifest["chunk_rows"]
+    rest = tuple(max(1, n) for n in manifest["shape"][1:])
+    if chunk_rows is None:
+        return {"chunks": (rows, *rest)}
+    # Of an output with fewer rows than a block, the last chunk reaches beyond its end.
+    return {"chunks": (chunk_rows, *rest), "shards": (-(-rows // chunk_rows) * chunk_rows, *rest)}
+
+
+def _refuse_parts(array: Any, rows: slice, number: int) -> None:
+    """Refuse to write anything but whole chunks or shards: another task's rows in them would be lost."""
+    whole, end = (array.shards or array.chunks)[0], array.shape[0]
+    if rows.start % whole or rows.stop > end or (rows.stop % whole and rows.stop != end):
+        kind = "shards" if array.shards else "chunks"
+        raise BlockError(
+            f"block {number}, rows {rows.start:,}–{rows.stop - 1:,}, is not whole {kind} of {whole:,} rows: nothing of "
+            "it was written"
+        )
 
 
 def token_of(partial: Path) -> str:
