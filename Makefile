@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow bench-load lint types check format ci constraints clean help
+.PHONY: demo test test-slow bench-load bench-windows lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,6 +39,9 @@ test-slow: $(VENV)/.test ## the tests that take minutes: hundreds of architectur
 
 bench-load: $(VENV)/.bench ## how long models take to load, beside all other ways; writes benchmarks/results
 	@exec $(BIN)/python -m benchmarks.load $(ARGS)
+
+bench-windows: $(VENV)/.bench ## what windows of time series cost in memory, as a specification and as an array
+	@exec $(BIN)/python -m benchmarks.windows $(ARGS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -77,7 +80,7 @@ clean: ## remove the environment, builds and caches
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	printf '\nVariables, as in `make demo ARGS=--quick`:\n'
 	printf '%-17s %s\n' \
 	    ARGS 'arguments of the demo, or of pytest for `make test`' \

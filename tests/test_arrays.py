@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -432,6 +433,26 @@ def test_predictions_of_predictions() -> None:
     y = zc.predict("second", zc.predict("first", da.from_array(x, chunks=(4, 4))))
     both = nn.Sequential(mlp(), zc.load("second"))
     assert np.array_equal(compute(y), by_hand(both, (4, 4, 2), 1024, x))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2), (4, 1, 1)])
+def test_blocks_are_not_copied_on_their_way(shape: tuple[int, ...]) -> None:
+    zc.put(Apply(lambda x: x.flatten(1).sum(1)).eval(), "model")
+    length = 1 << 17
+    x = da.map_blocks(
+        lambda: np.zeros((length, *shape), "f4"),
+        chunks=((length,) * 2, *((n,) for n in shape)),
+        dtype="f4",
+        meta=np.empty((0,) * (1 + len(shape)), "f4"),
+    )
+    y = zc.predict("model", x, batch_size=64)
+    tracemalloc.start()
+    try:
+        compute(y)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * length * 16 + 2 * length * 4  # one block, and all results
 
 
 def test_model_that_writes_to_its_input_does_not_change_other_tasks() -> None:

@@ -261,7 +261,7 @@ def test_file_system_that_tells_no_times_is_warned_of(tmp_path: Path, caplog: py
 
 def test_password_in_a_url_is_not_kept(web: tuple[Path, str]) -> None:
     kind = on_the_web(web)
-    found = open_source(kind.given.replace("//", "//me:secret@"), "input").stamp
+    found = open_source(kind.given.replace("//", "//me:secret@"), "input").stamp()
     assert found["url"] == kind.given
 
 
@@ -292,6 +292,33 @@ def test_later_inputs_take_the_blocks_of_the_first(tmp_path: Path) -> None:
     sources = {"input1": in_zarr(tmp_path).given, "input2": in_npy(tmp_path).given}
     assert run(sources, tmp_path / "out.zarr").blocks == 5
     assert run(dict(reversed(sources.items())), tmp_path / "out2.zarr").blocks == 1
+
+
+@pytest.mark.parametrize("place", ["x.npy", "x.h5::/x", "x.zarr"])
+def test_windows_of_files(tmp_path: Path, place: str) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 600)).astype(np.float32)
+    path = tmp_path / place.partition("::")[0]
+
+    def save() -> None:
+        if path.suffix == ".npy":
+            np.save(path, x)
+        elif path.suffix == ".h5":
+            with h5py.File(path, "w") as file:
+                file.create_dataset("x", data=x, chunks=(2, 70))
+        else:
+            zarr.create_array(path, shape=x.shape, dtype=x.dtype, chunks=(2, 70), overwrite=True)[...] = x
+
+    save()
+    zc.put(nn.Flatten().eval(), "model")
+    w = zc.windows(tmp_path / place, 50, 10)
+    expected = np.stack([x[:, start : start + 50].ravel() for start in range(0, 551, 10)])
+    assert run(w, tmp_path / "out.zarr", block_rows=9).blocks == 7
+    assert np.array_equal(zarr.load(str(tmp_path / "out.zarr")), expected)
+    assert run(w, tmp_path / "out.zarr", block_rows=9).computed == 0
+    x[0, 0] += 1
+    save()
+    with pytest.raises(OutputError, match="differs in modified"):
+        run(w, tmp_path / "out.zarr", block_rows=9)
 
 
 # Reading

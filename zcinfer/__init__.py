@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .predictor import Predictor
     from .publishing import load, put, save
     from .store import ModelRef
+    from .windowing import windows
 
 # Name: module it is in. Loaded when first used, so that `import zcinfer` costs nothing.
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "put": "publishing",
     "run": "jobs",
     "save": "publishing",
+    "windows": "windowing",
 }
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "put",
     "run",
     "save",
+    "windows",
 ]
 
 

@@ -9,16 +9,20 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
 from .errors import InputError, SettingsError
+from .expansion import Spec
 from .outputs import Output
 from .predictor import Predictor
-from .rows import Rows, first_rows, refuse_masked, rows_of
+from .rows import Rows, first_rows, only, refuse_masked, rows_of
 from .sizes import format_size
 from .store import ModelRef
+
+if TYPE_CHECKING:
+    from .windowing import Windows
 
 log = logging.getLogger("zcinfer")
 
@@ -51,7 +55,7 @@ def predict(
     ----------
     model : str, ModelRef or Predictor
         A name is resolved now, to one version. A `Predictor` brings its own settings: give no others here.
-    *arrays : numpy.ndarray or dask.array.Array
+    *arrays : numpy.ndarray, dask.array.Array or Windows
         ``(rows, ...)`` each; passed to the model by position.
     batch_size : int or "auto"
         Rows that one forward gets. "auto": measured once for this model, rows of this kind and this device, before the
@@ -62,14 +66,14 @@ def predict(
         pass over the inputs if they are computed together. Default: the only tensor.
     method, training, device, preprocess, postprocess, autocast, dtype, sort_by
         As for `Predictor`.
-    **inputs : numpy.ndarray or dask.array.Array, or anything else
+    **inputs : numpy.ndarray, dask.array.Array or Windows, or anything else
         Arrays are passed to the model by keyword, row by row; other values as they are.
 
     Returns
     -------
     numpy.ndarray or dask.array.Array, or a tuple of them
-        ``(rows, ...)``: computed at once in this process if all inputs are NumPy arrays; lazy, in the row chunks of the
-        first input, if any is a dask array.
+        ``(rows, ...)``: computed at once in this process if all inputs are NumPy arrays, or windows of such; lazy, in
+        the row chunks of the first lazy input, if any is a dask array or windows of one.
 
     Raises
     ------
@@ -128,8 +132,9 @@ def predict(
         predictor = Predictor(model, **settings, **constants)
     if named:
         predictor.keywords = tuple(named)
-    if all(isinstance(array, np.ndarray) for array in every):
-        return predictor.run_block(every, "the rows given")
+    if not any(map(_is_lazy, every)):
+        rows = [array.head(len(array)) if _is_windows(array) else array for array in every]
+        return predictor.run_block(rows, "the rows given")
     return _lazy(predictor, every)
 
 
@@ -139,23 +144,26 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
 
     specs = [rows_of(array) for array in inputs]
     for array in inputs:
-        refuse_masked(array if isinstance(array, np.ndarray) else array._meta)
-    row_chunks = next(array.chunks[0] for array in inputs if isinstance(array, da.Array))
+        refuse_masked(getattr(array, "_meta", array))
+    row_chunks = next(array.chunks[0] for array in inputs if _is_lazy(array))
     arrays = [_rechunk(array, row_chunks, number) for number, array in enumerate(inputs)]
-    bound = predictor.bind(specs, lambda: [first_rows(array) for array in arrays])
+    expansions = [array.spec if _is_windows(array) else None for array in inputs]
+    bound = predictor.bind(specs, lambda: [first_rows(array) for array in inputs])
     assert bound.binding is not None
     starts = np.cumsum([0, *row_chunks])[:-1].tolist()
     where = ArrayValuesDep(
         (row_chunks,), {(i,): (i, None if start != start else int(start)) for i, start in enumerate(starts)}
     )
-    # Axis 0 is the rows of all; every other axis is one chunk and belongs to one array alone.
+    # Index 0 is the blocks of rows of all, which lie along axis 0 (of windows: along that of the samples); every other
+    # axis is one chunk and belongs to one array alone.
     axes = iter(range(1, 1000))
     pairs: list[Any] = [where, (0,)]
-    for array in arrays:
-        pairs += [array, (0, *(next(axes) for _ in array.shape[1:]))]
-    options = {"concatenate": True, "align_arrays": False, "batch_rows": bound.planned(row_chunks)}
-    name = "predict-" + _token(bound, arrays)
-    function = partial(_run_block, bound)
+    for array, spec in zip(arrays, expansions, strict=True):
+        blocks_along = spec.axis if spec else 0
+        pairs += [array, tuple(0 if axis == blocks_along else next(axes) for axis in range(array.ndim))]
+    options = {"align_arrays": False, "batch_rows": bound.planned(row_chunks)}
+    name = "predict-" + _token(bound, arrays, expansions)
+    function = partial(_run_block, bound, expansions)
 
     def layer(function: Callable[..., Any], output: Rows, *pairs: Any, **options: Any) -> Any:
         new = {next(axes): length for length in output.shape}
@@ -172,22 +180,32 @@ def _lazy(predictor: Predictor, inputs: Sequence[Any]) -> Any:
     )
 
 
-def _run_block(predictor: Predictor, where: tuple[int, int | None], *blocks: Any, batch_rows: int) -> Any:
+def _run_block(
+    predictor: Predictor,
+    expansions: Sequence[Spec | None],
+    where: tuple[int, int | None],
+    *blocks: Any,
+    batch_rows: int,
+) -> Any:
     number, first_row = where
-    return predictor.run_block(blocks, f"block {number}", first_row, batch_rows)
+    rows = list(map(only, blocks))
+    rows = [spec.expand(block, first_row or 0) if spec else block for spec, block in zip(expansions, rows, strict=True)]
+    return predictor.run_block(rows, f"block {number}", first_row, batch_rows)
 
 
 def _rechunk(array: Any, row_chunks: tuple[Any, ...], number: int) -> Any:
-    """The array as a dask array in the given row chunks, with every other axis in one chunk."""
+    """The array as a dask array in the given row chunks, with every other axis in one chunk; windows as segments."""
     import dask.array as da
 
     rows, expected = array.shape[0], sum(row_chunks)
     known = rows == rows and expected == expected
     if known and rows != expected:
         raise InputError(f"the inputs have different numbers of rows: {rows:,} and {expected:,}")
+    if known and _is_windows(array):
+        return array.segments(row_chunks)
     if known and isinstance(array, np.ndarray):
         return da.from_array(array, chunks=(row_chunks, *((length,) for length in array.shape[1:])))
-    if not known and (isinstance(array, np.ndarray) or len(array.chunks[0]) != len(row_chunks)):
+    if not known and (not isinstance(array, da.Array) or len(array.chunks[0]) != len(row_chunks)):
         raise InputError("the inputs have unknown and different row chunks: call compute_chunk_sizes() on them")
     chunks: dict[int, Any] = {axis: -1 for axis in range(1, array.ndim) if len(array.chunks[axis]) > 1}
     if chunks:
@@ -207,11 +225,19 @@ def _rechunk(array: Any, row_chunks: tuple[Any, ...], number: int) -> Any:
     return array.rechunk(chunks) if chunks else array
 
 
-def _token(predictor: Predictor, arrays: Sequence[Any]) -> str:
+def _token(predictor: Predictor, arrays: Sequence[Any], expansions: Sequence[Spec | None]) -> str:
     from dask.base import tokenize
 
-    return str(tokenize(predictor, *(array.name for array in arrays)))
+    return str(tokenize(predictor, [array.name for array in arrays], [spec and spec.identity() for spec in expansions]))
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or type(value).__module__.startswith("dask.array")
+    return isinstance(value, np.ndarray) or type(value).__module__.startswith("dask.array") or _is_windows(value)
+
+
+def _is_windows(value: Any) -> TypeGuard[Windows]:
+    return type(value).__module__ == f"{__package__}.windowing"  # without importing dask.array for NumPy arrays
+
+
+def _is_lazy(value: Any) -> bool:
+    return value.is_lazy if _is_windows(value) else not isinstance(value, np.ndarray)

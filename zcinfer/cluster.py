@@ -56,9 +56,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     ----------
     n_workers : int, optional
         Worker processes. Default: as many as the cores this process may use (its affinity mask and the CPU quota
-        of its container), divided by `threads_per_worker`.
+        of its container).
     threads_per_worker : int
-        Tasks that each worker runs at a time.
+        Tasks that each worker runs at a time: one of them computes, the others read and write meanwhile.
     memory_limit : str, int, float or None
         Private memory of one worker ("4 GiB", bytes, or a fraction of the machine's); models in shared memory do
         not count. "auto": the machine's memory, divided by the workers. None: no limit.
@@ -77,9 +77,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     Scheduler, workers and dashboard listen on 127.0.0.1. Other users of the machine can connect there; pass
     ``security=True`` to keep them out (needs the package ``cryptography``).
 
-    Each worker gets ``cores // (n_workers * threads_per_worker)`` threads for its tensor operations, at least one,
-    by OMP_NUM_THREADS and its like, unless ``env`` says otherwise. Dask sets such variables in the script's own
-    environment too. Workers added later by ``scale`` get as many as the first.
+    Each worker gets ``cores // n_workers`` threads for its tensor operations, at least one, by OMP_NUM_THREADS and
+    its like, unless ``env`` says otherwise. Dask sets such variables in the script's own environment too. Workers added
+    later by ``scale`` get as many as the first.
 
     Workers end when the script does, however it ends. What a killed worker had spilled to disk is removed when
     the next worker starts; it lies in a directory only this user can enter.
@@ -104,7 +104,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         self,
         n_workers: int | None = None,
         *,
-        threads_per_worker: int = 1,
+        threads_per_worker: int = 2,
         memory_limit: str | float | None = "auto",
         **kwargs: Any,
     ) -> None:
@@ -117,15 +117,16 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
             )
         cores = cpu_count()
         if n_workers is None:
-            n_workers = max(1, cores // threads_per_worker)
+            n_workers = cores
         # A cluster that starts without workers grows later, to nobody knows how many.
-        threads = max(1, cores // (n_workers * threads_per_worker or cores))
+        threads = max(1, cores // (n_workers or cores))
         env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | (kwargs.pop("env", None) or {})
         if memory_limit != "auto":
             if isinstance(memory_limit, str):
                 parse_size(memory_limit, "memory_limit")  # Dask's own error names no setting
             # Dask divides the machine's memory by the workers only where it is not told "auto".
             kwargs["memory_limit"] = memory_limit
+        ours = {"zcinfer": {"jobs": n_workers or cores, "computing": 1}}
         scratch = kwargs.pop("local_directory", None) or _scratch_directory()
         try:
             super().__init__(
@@ -134,6 +135,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
                 host=LOOPBACK,
                 worker_class=Nanny,
                 env=env,
+                config=dask.config.merge(ours, kwargs.pop("config", None) or {}),
                 preload=_preloads(kwargs.pop("preload", None)),
                 local_directory=str(scratch),
                 scheduler_kwargs={"local_directory": str(scratch)} | kwargs.pop("scheduler_kwargs", {}),

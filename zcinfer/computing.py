@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 
 import torch
@@ -28,18 +28,21 @@ def _door() -> threading.Semaphore:
 
 
 def _places() -> int:
+    threads = _threads_here()
     asked = config.get("computing")
-    if asked is not None:
-        return max(1, int(asked))
-    return max(1, _threads_of_worker() // torch.get_num_threads())
+    return max(1, int(asked) if asked is not None else threads // torch.get_num_threads())
 
 
-def _threads_of_worker() -> int:
+def _threads_here() -> int:
     """Threads that this process may keep busy: those of its Dask worker, or the cores."""
     module = sys.modules.get("distributed.worker")
     if module is not None:
         try:
-            return int(module.get_worker().state.nthreads)
+            threads = int(module.get_worker().state.nthreads)
         except ValueError:
             pass
+        else:
+            with suppress(RuntimeError):  # it was set, or used
+                torch.set_num_interop_threads(1)  # tasks are what runs side by side
+            return threads
     return len(os.sched_getaffinity(0))

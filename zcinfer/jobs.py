@@ -26,6 +26,7 @@ from .rows import first_rows, rows_of
 from .sources import Source, open_source
 from .store import ModelRef
 from .target import Target, token_of, write_block
+from .windowing import Windows
 
 FORMAT = 1
 
@@ -78,7 +79,7 @@ def run(
     Parameters
     ----------
     model : str or ModelRef
-    source : str, path, zarr.Array or dask.array.Array; or a dict of them by input name
+    source : str, path, zarr.Array, dask.array.Array or Windows of one; or a dict of them by input name
         ``(rows, ...)`` each. Text is a zarr array's path or URL (any that fsspec knows), a ``.npy`` file, or a dataset
         of an HDF5 file as ``FILE.h5::/DATASET``.
     target : path
@@ -160,11 +161,11 @@ class Job:
         self.named = isinstance(source, Mapping)
         sources = _by_name(source)
         opened = _open_all(sources, self.place)
-        rows = block_rows or max(1, *next(iter(opened.values())).array.chunks[0])
+        rows = block_rows or max(1, *next(iter(opened.values())).chunks[0])
         if chunk_rows is not None:
             rows = -(-rows // chunk_rows) * chunk_rows
         self.chunk_rows = chunk_rows if chunk_rows != rows else None
-        self.arrays = {name: source.in_blocks(rows) for name, source in opened.items()}
+        self.arrays: dict[str, Any] = {name: source.in_blocks(rows) for name, source in opened.items()}
         predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
@@ -174,7 +175,7 @@ class Job:
             "model": str(predictor.ref),
             "digest": predictor.ref.digest,
             "settings": predictor.fingerprint(),
-            "inputs": {name: source.stamp for name, source in opened.items()},
+            "inputs": {name: source.stamp() for name, source in opened.items()},
         }
         self.place.check(_manifest(self._lazy(), self.identity, self.chunk_rows), resume)
         # An earlier run's, if there was one: other batches would change last bits.
@@ -306,10 +307,20 @@ def _by_name(source: Any) -> dict[str, Any]:
     }
 
 
-def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Source]:
+def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Source | Windows]:
     place.refuse_foreign()
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
     for name, value in sources.items():
-        place.refuse_source(value, name)
-    return {name: open_source(value, name) for name, value in sources.items()}
+        place.refuse_source(value.x if isinstance(value, Windows) else value, name)
+    return {name: _open(value, name) for name, value in sources.items()}
+
+
+def _open(source: Any, name: str) -> Source | Windows:
+    if not isinstance(source, Windows):
+        return open_source(source, name)
+    if not source.is_lazy:
+        raise InputError(
+            f"{name} is windows of a NumPy array: give windows of the path or URL of an array, or of a dask array"
+        )
+    return source

@@ -36,10 +36,9 @@ class Reader:
         with self.open() as array:
             self.shape: tuple[int, ...] = tuple(array.shape)
             self.dtype: np.dtype[Any] = array.dtype
-            chunk = getattr(array, "chunks", None) or (1,)
+            # What is read together, whichever part of it is asked for.
+            self.chunks: tuple[int, ...] = tuple(getattr(array, "chunks", None) or (1,) * len(self.shape))
         self.ndim = len(self.shape)
-        # Rows that are read together, whichever of them is asked for.
-        self.chunk_rows: int = chunk[0] if self.ndim else 1
 
     @contextmanager
     def open(self) -> Iterator[Any]:

@@ -54,7 +54,10 @@ def rows_of(array: Any) -> Rows:
 
 
 def first_rows(array: Any) -> Array:
-    """Some of the first rows of a NumPy or dask array, computed; none where the first block is empty."""
+    """Some of the first rows of a NumPy or dask array or windows, computed; none where the first block is empty."""
+    if hasattr(array, "head"):
+        head: Array = array.head(2)
+        return head
     known = array.shape[0] == array.shape[0]
     rows: Array = np.asarray(array[:2] if known else array.blocks[0])
     return rows
@@ -72,6 +75,16 @@ def as_block(block: Any, name: str) -> Array:
     refuse_masked(block, name)
     if not isinstance(block, np.ndarray):
         raise InputError(f"{name} is a {type(block).__name__}: give a NumPy or dask array, for example np.asarray(x)")
+    return block
+
+
+def only(block: Any) -> Any:
+    """The block that ``dask.array.blockwise`` nests in a list for each axis of one chunk that its result has not.
+
+    (``concatenate=True`` would copy it out of there.)
+    """
+    while isinstance(block, list):
+        (block,) = block
     return block
 
 

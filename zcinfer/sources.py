@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +35,29 @@ class Source:
     Attributes
     ----------
     array : dask.array.Array
-        ``(rows, ...)``, in its own chunks.
-    stamp : dict
-        What tells it from another, in JSON types.
+        In its own chunks along one axis.
+    stamp : callable
+        Gives what tells it from another by now, in JSON types.
     reader : Reader, optional
         Of a file that can be read from any row on.
     """
 
     array: da.Array
-    stamp: dict[str, Any]
+    stamp: Callable[[], dict[str, Any]]
     reader: Reader | None = None
+
+    @property
+    def chunks(self) -> tuple[tuple[int, ...], ...]:
+        """Of the array."""
+        found: tuple[tuple[int, ...], ...] = self.array.chunks
+        return found
 
     def in_blocks(self, rows: int) -> da.Array:
         """The array in blocks of so many rows."""
-        return self.array.rechunk({0: rows}) if self.reader is None else _lazy(self.reader, rows)
+        return self.array.rechunk({0: rows}) if self.reader is None else _lazy(self.reader, 0, rows)
 
 
-def open_source(source: Any, name: str) -> Source:
+def open_source(source: Any, name: str, axis: int = 0) -> Source:
     """Find what a user gave.
 
     Parameters
@@ -58,6 +65,8 @@ def open_source(source: Any, name: str) -> Source:
     source : str, path, zarr.Array or dask.array.Array
     name : str
         What to call it in errors.
+    axis : int
+        Axis that is cut into chunks; of dask arrays any are.
 
     Returns
     -------
@@ -67,9 +76,9 @@ def open_source(source: Any, name: str) -> Source:
         if source.ndim and source.shape[0] != source.shape[0]:
             raise InputError(f"{name} is a dask array of an unknown number of rows: call compute_chunk_sizes() on it")
         # Its name says nothing of the files behind it: no two runs are taken to be of the same content.
-        return Source(source, unknown_stamp())
+        return Source(source, unknown_stamp)
     if isinstance(source, zarr.Array):
-        return _open_zarr(source, name)
+        return _open_zarr(source, name, axis)
     if not isinstance(source, str | Path):
         raise InputError(
             f"{name} is a {type(source).__name__}: give a path or URL (zarr, .npy, FILE.h5::/DATASET), a zarr array or "
@@ -77,10 +86,10 @@ def open_source(source: Any, name: str) -> Source:
         )
     path, inside = _parts(source)
     if inside or _is_hdf5(path):
-        return _open_hdf5(path, inside, source, name)
+        return _open_hdf5(path, inside, source, name, axis)
     if _is_npy(path):
-        return _open_npy(path, source, name)
-    return _open_zarr(source, name)
+        return _open_npy(path, source, name, axis)
+    return _open_zarr(source, name, axis)
 
 
 def directory_of(source: Any) -> Path | None:
@@ -125,7 +134,7 @@ def _begins(path: str, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _open_hdf5(text: str, inside: str, source: str | Path, name: str) -> Source:
+def _open_hdf5(text: str, inside: str, source: str | Path, name: str, axis: int) -> Source:
     path = _file(text, name, "HDF5")
     if path.is_dir():
         raise InputError(f"{name}: {text} is a directory and no HDF5 file; a zarr array in it is {text}/{inside}")
@@ -134,17 +143,18 @@ def _open_hdf5(text: str, inside: str, source: str | Path, name: str) -> Source:
         raise InputError(f"{name}: {source} is an HDF5 file; give one of its datasets: {found}")
     reader = _tried(lambda: Hdf5Reader(f"{path}::{inside}"), f"{name}: there is no HDF5 dataset at {source}")
     _refuse_single(reader, source, name)
-    return Source(_lazy(reader, _block_rows(reader)), file_stamp(path, "::/" + inside.strip("/"), reader), reader)
+    lazy = _lazy(reader, axis, _block_length(reader, axis))
+    return Source(lazy, partial(file_stamp, path, "::/" + inside.strip("/"), reader), reader)
 
 
-def _open_npy(text: str, source: str | Path, name: str) -> Source:
+def _open_npy(text: str, source: str | Path, name: str, axis: int) -> Source:
     path = _file(text, name, ".npy")
     reader = _tried(lambda: NpyReader(str(path)), f"{name}: there is no .npy file at {source}")
     _refuse_single(reader, source, name)
-    return Source(_lazy(reader, _block_rows(reader)), file_stamp(path, "", reader), reader)
+    return Source(_lazy(reader, axis, _block_length(reader, axis)), partial(file_stamp, path, "", reader), reader)
 
 
-def _open_zarr(source: str | Path | zarr.Array[Any], name: str) -> Source:
+def _open_zarr(source: str | Path | zarr.Array[Any], name: str, axis: int) -> Source:
     if isinstance(source, zarr.Array):
         found: Any = source
     else:
@@ -153,14 +163,18 @@ def _open_zarr(source: str | Path | zarr.Array[Any], name: str) -> Source:
         inside = ", ".join(f"{source}/{key}" for key in _keys(found)) or "it has no arrays, or does not list them"
         raise InputError(f"{name}: {source} is a zarr group; give one of its arrays: {inside}")
     _refuse_single(found, source, name)
-    rows = (found.shards or found.chunks)[0]
+    axis = axis if -found.ndim <= axis < found.ndim else 0  # refused by who asks for it, in words of its own
+    length = (found.shards or found.chunks)[axis]
     directory = directory_of(source)
     if directory is not None:
-        return Source(_lazy(ZarrReader(str(directory)), rows), directory_stamp(directory, found))
-    # With an array that the user opened, workers get its store, and what that knows of passwords.
-    opened = isinstance(source, zarr.Array)
-    lazy = da.from_zarr(source).rechunk({0: rows}) if opened else _lazy(ZarrReader(str(source)), rows)
-    return Source(lazy, remote_stamp(found) if isinstance(found.store, FsspecStore) else unknown_stamp())
+        lazy = _lazy(ZarrReader(str(directory)), axis, length)
+        return Source(lazy, partial(directory_stamp, directory, found))
+    if isinstance(source, zarr.Array):
+        # Workers get its store with it, and what that knows of passwords.
+        lazy = da.from_zarr(source).rechunk({axis: length})
+    else:
+        lazy = _lazy(ZarrReader(str(source)), axis, length)
+    return Source(lazy, partial(remote_stamp, found) if isinstance(found.store, FsspecStore) else unknown_stamp)
 
 
 def _keys(group: zarr.Group) -> list[str]:
@@ -170,17 +184,19 @@ def _keys(group: zarr.Group) -> list[str]:
         return []
 
 
-def _block_rows(reader: Reader) -> int:
-    """Rows of a block of a file that has no chunks, or small ones: whole chunks in any case."""
-    nbytes = math.prod(reader.shape[1:]) * reader.dtype.itemsize
-    return max(1, _BLOCK_BYTES // max(1, nbytes * reader.chunk_rows)) * reader.chunk_rows
+def _block_length(reader: Reader, axis: int) -> int:
+    """Length of a block of a file that has no chunks, or small ones: whole chunks in any case."""
+    axis %= reader.ndim
+    chunk = reader.chunks[axis]
+    nbytes = math.prod(n for a, n in enumerate(reader.shape) if a != axis) * reader.dtype.itemsize
+    return max(1, _BLOCK_BYTES // max(1, nbytes * chunk)) * chunk
 
 
-def _lazy(reader: Reader, rows: int) -> da.Array:
-    """An array of blocks, each read where it is needed."""
+def _lazy(reader: Reader, axis: int, length: int) -> da.Array:
+    """An array of blocks along one axis, each read where it is needed."""
     return da.from_array(
         reader,
-        chunks=(rows, *reader.shape[1:]),
+        chunks=tuple(length if a in (axis, axis + reader.ndim) else n for a, n in enumerate(reader.shape)),
         name=False,
         meta=np.empty((0,) * reader.ndim, reader.dtype),
     )
