@@ -29,6 +29,7 @@ from zarr.storage import FsspecStore, MemoryStore
 import zcinfer as zc
 from zcinfer.errors import InputError, OutputError
 from zcinfer.readers import Hdf5Reader, NpyReader, Reader, ZarrReader
+from zcinfer.report import Report
 from zcinfer.sources import directory_of, open_source
 from zcinfer.stamps import remote_stamp
 
@@ -49,7 +50,7 @@ def by_hand(x: np.ndarray = X) -> np.ndarray:
     return found
 
 
-def run(source: Any, target: Path, **settings: Any) -> zc.jobs.Report:  # type: ignore[name-defined]
+def run(source: Any, target: Path, **settings: Any) -> Report:
     return zc.run("model", source, target, progress=False, **settings)
 
 

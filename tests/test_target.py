@@ -102,14 +102,14 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("rows", "block_rows", "number"), [(6, 3, 1), (4, 6, 0), (3, 6, 1), (6, 6, 3), (7, 6, 0)])
 def test_parts_of_chunks_and_shards_are_not_written(prepared: Path, rows: int, block_rows: int, number: int) -> None:
     with pytest.raises(BlockError, match=rf"block {number}, rows .* is not whole (chunks|shards) of 6 rows"):
-        write_block(np.ones((rows, 3), "f4"), str(prepared), token_of(prepared), block_rows, block_id=(number,))
+        write_block(number, np.ones((rows, 3), "f4"), str(prepared), token_of(prepared), block_rows)
     assert not read(prepared).any()
     assert not list((prepared / ".zcinfer" / "done").iterdir())
 
 
 @pytest.mark.parametrize(("rows", "number"), [(6, 0), (6, 2), (5, 3), (12, 0)])
 def test_whole_chunks_and_shards_are_written(prepared: Path, rows: int, number: int) -> None:
-    write_block(np.ones((rows, 3), "f4"), str(prepared), token_of(prepared), 6, block_id=(number,))
+    write_block(number, np.ones((rows, 3), "f4"), str(prepared), token_of(prepared), 6)
     assert read(prepared).sum() == rows * 3
     assert [mark.name for mark in (prepared / ".zcinfer" / "done").iterdir()] == [str(number)]
 

@@ -169,6 +169,11 @@ def rm(models: tuple[str, ...]) -> None:
 @click.option(
     "--chunk-rows", type=click.IntRange(1), help="Rows of a chunk of TARGET; a block is then a shard of them."
 )
+@click.option("--on-error", type=click.Choice(["raise", "nan", "quarantine"]), default="raise", show_default=True,
+              help="Rows that fail: stop; write NaN and do the others; keep their inputs too.")  # fmt: skip
+@click.option("--max-errors", type=click.IntRange(1), default=100, show_default=True,
+              help="Failures that the whole job may have.")  # fmt: skip
+@click.option("--check-finite", is_flag=True, help="Count NaN and infinite values of inputs and outputs.")
 @click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
               help="What to do with a model in train mode.")  # fmt: skip
 @click.option("--device", help="Default: cuda where there is one, else cpu.")
@@ -186,6 +191,9 @@ def run(
     batch_size: str,
     block_rows: int | None,
     chunk_rows: int | None,
+    on_error: str,
+    max_errors: int,
+    check_finite: bool,
     training: str,
     device: str | None,
     workers: int | None,
@@ -213,6 +221,7 @@ def run(
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
 
     from . import catalog, config
+    from .guarded import Guard
     from .jobs import Job
 
     _see_here()
@@ -233,6 +242,7 @@ def run(
         device=device,
         block_rows=block_rows,
         chunk_rows=chunk_rows,
+        guard=Guard(on_error, max_errors, check_finite),
     )
     if sys.stderr.isatty():  # seconds without a sign of life are for logs
         click.echo("starting ..." if scheduler is None else f"connecting to {scheduler} ...", err=True)
@@ -250,6 +260,8 @@ def run(
             f"{report.target}: {report.rows:,} rows in {report.blocks:,} blocks, {report.computed:,} computed now"
             + (f", {was:,} by an earlier run" if was else "")
         )
+        for said in report.findings():
+            click.secho(said, fg="yellow")
 
 
 @main.command()

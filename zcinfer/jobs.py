@@ -1,59 +1,33 @@
-"""The batch job: a lazy array written to zarr block by block, restartable. The output is the checkpoint.
+"""The batch job: a model, what it reads, its settings and the target, checked together, then done. Restartable.
 
-Not for where the output lies (`target`), nor for what is read (`sources`).
+Not for what is read (`sources`), nor for how blocks are written (`writing`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import dask.array as da
-import numpy as np
 from dask import compute
 
 from .arrays import predict
 from .catalog import ready
-from .errors import InputError, OutputError, SettingsError
-from .outcomes import compute_each
+from .errors import InputError, SettingsError
+from .guarded import PLAIN, Guard, Guarded
 from .outputs import Output
 from .predictor import Predictor
-from .progress import Progress
+from .report import Report
 from .rows import first_rows, rows_of
 from .sources import Source, open_source
 from .store import ModelRef
-from .target import Target, token_of, write_block
+from .target import Target
 from .windowing import Windows
+from .writing import manifest_of, refuse_failures, write
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a job did.
-
-    Attributes
-    ----------
-    target : str
-        Path of the zarr array.
-    shape : tuple of int
-    rows, blocks : int
-        In all.
-    computed : int
-        Blocks computed by this run; the others were there.
-    seconds : float
-        Of this run.
-    """
-
-    target: str
-    shape: tuple[int, ...]
-    rows: int
-    blocks: int
-    computed: int
-    seconds: float
+log = logging.getLogger("zcinfer")
 
 
 def run(
@@ -69,6 +43,9 @@ def run(
     device: str | None = None,
     block_rows: int | None = None,
     chunk_rows: int | None = None,
+    on_error: str = "raise",
+    max_errors: int = 100,
+    check_finite: bool = False,
     progress: bool = True,
     **constants: Any,
 ) -> Report:
@@ -93,6 +70,13 @@ def run(
     chunk_rows : int, optional
         Rows of a chunk: a block is then a shard, one file of several chunks that can be read one by one. Default: a
         block is a chunk.
+    on_error : {"raise", "nan", "quarantine"}
+        What to do with rows that fail. "raise": stop. "nan": find them, write NaN for them (outputs must be floating)
+        and compute all others; `failures` tells which they are and why. "quarantine": and keep their inputs.
+    max_errors : int
+        Failures that the whole job may have, all runs of it together, before it stops.
+    check_finite : bool
+        Count the NaN and infinite values of inputs and outputs, block by block.
     progress : bool
         Show progress on standard error.
     batch_size, output, method, training, device, **constants
@@ -109,7 +93,12 @@ def run(
     OutputError
         The target exists and is not ours, or is another job's.
     BlockError
-        A block failed. What was finished is kept; the same call goes on from there.
+        A block failed, or too many rows did. What was finished is kept; the same call goes on from there.
+
+    Notes
+    -----
+    The batch that a failing row is in is computed in parts: its other rows are then of smaller batches, and equal but
+    for their last bits. All other batches are what they would have been.
 
     Examples
     --------
@@ -133,9 +122,13 @@ def run(
         device=device,
         block_rows=block_rows,
         chunk_rows=chunk_rows,
+        guard=Guard(on_error, max_errors, check_finite),
         **constants,
     )
-    return job.run(progress=progress)
+    report = job.run(progress=progress)
+    for said in report.findings():
+        log.warning("%s: %s", report.target, said)
+    return report
 
 
 class Job:
@@ -153,9 +146,11 @@ class Job:
         resume: bool = True,
         block_rows: int | None = None,
         chunk_rows: int | None = None,
+        guard: Guard = PLAIN,
         **settings: Any,
     ):
         _check_rows(block_rows, chunk_rows)
+        self.guard = guard
         self.place = Target(target)
         self.resume = resume
         self.named = isinstance(source, Mapping)
@@ -166,18 +161,24 @@ class Job:
             rows = -(-rows // chunk_rows) * chunk_rows
         self.chunk_rows = chunk_rows if chunk_rows != rows else None
         self.arrays: dict[str, Any] = {name: source.in_blocks(rows) for name, source in opened.items()}
-        predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
+        settings["keywords"] = tuple(opened) if self.named else ()
+        predictor = Guarded(guard, [*opened], model, **settings) if guard.watches else Predictor(model, **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
         if self.predictor.several:
             raise SettingsError("a job writes one array, and several outputs were asked for: run one job for each")
+        binding = self.predictor.binding
+        assert binding is not None
+        guard.refuse_integers(binding.outputs, str(predictor.ref))
         self.identity = {
             "model": str(predictor.ref),
             "digest": predictor.ref.digest,
             "settings": predictor.fingerprint(),
             "inputs": {name: source.stamp() for name, source in opened.items()},
         }
-        self.place.check(_manifest(self._lazy(), self.identity, self.chunk_rows), resume)
+        self.place.check(manifest_of(self._lazy(), self.identity, self.chunk_rows), resume)
+        if resume:
+            refuse_failures(self.place.records(), self.place, guard)
         # An earlier run's, if there was one: other batches would change last bits.
         self.batch_rows = self.place.recorded("batch_rows") if resume else None
 
@@ -196,98 +197,13 @@ class Job:
             label=str(self.predictor.ref),
             progress=progress,
             batch_rows=self.batch_rows,
+            guard=self.guard,
         )
 
     def _lazy(self) -> da.Array:
         if self.named:
             return predict(self.predictor, **self.arrays)
         return predict(self.predictor, *self.arrays.values())
-
-
-def check_target(target: str | Path) -> None:
-    """Refuse a target that exists and was not written by zcinfer, before anything is started."""
-    Target(target).refuse_foreign()
-
-
-def write(
-    array: da.Array,
-    target: str | Path | Target,
-    identity: dict[str, Any],
-    *,
-    resume: bool = True,
-    chunk_rows: int | None = None,
-    label: str = "writing",
-    progress: bool = True,
-    batch_rows: int | None = None,
-) -> Report:
-    """Compute a lazy array block by block into a zarr array that appears, complete, under the name ``target``.
-
-    Parameters
-    ----------
-    array : dask.array.Array
-        ``(rows, ...)``; row chunks of one length (the last may be short), other axes in one chunk.
-    target : path
-    identity : dict
-        What is computed, in JSON types; a restart goes on only with the same.
-    resume, chunk_rows, progress
-        As for `run`; of ``chunk_rows`` a block is a multiple.
-    label : str
-        What to call the job.
-    batch_rows : int, optional
-        Rows of a batch, kept for a restart.
-
-    Returns
-    -------
-    Report
-    """
-    begin = perf_counter()
-    place = target if isinstance(target, Target) else Target(target)
-    lengths = array.chunks[0]
-    if any(length != lengths[0] for length in lengths[:-1]) or not lengths[-1] <= lengths[0]:
-        raise OutputError(
-            f"the row chunks {lengths[:4]}... have different or unknown lengths: rechunk the input, x.rechunk({{0: n}})"
-        )
-    manifest = _manifest(array, identity, chunk_rows) | {"batch_rows": batch_rows}
-
-    def report(computed: int) -> Report:
-        shape = tuple(array.shape)
-        return Report(str(place.path), shape, shape[0], len(lengths), computed, perf_counter() - begin)
-
-    with place.claim(manifest, resume) as complete:
-        if complete:
-            return report(0)
-        done = place.prepare(manifest)
-        missing = [number for number in range(len(lengths)) if number not in done]
-        rows_done = sum(lengths[number] for number in done)
-        with Progress(label, array.shape[0], rows_done, quiet=not progress) as bar:
-            if missing:
-                token = token_of(place.partial)
-                written = array.map_blocks(
-                    write_block,
-                    str(place.partial),
-                    token,
-                    lengths[0],
-                    dtype=np.int64,
-                    chunks=((1,) * len(lengths),),
-                    drop_axis=list(range(1, array.ndim)),
-                    meta=np.empty(0, np.int64),
-                    name="write-" + token,
-                )
-                for number in compute_each(written.blocks[missing], missing):
-                    bar.add(lengths[number])
-        place.finish()
-        return report(len(missing))
-
-
-def _manifest(array: da.Array, identity: dict[str, Any], chunk_rows: int | None) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "identity": identity,
-        "shape": list(array.shape),
-        "dtype": array.dtype.str,
-        "block_rows": array.chunks[0][0],
-        "chunk_rows": chunk_rows,
-    }
 
 
 def _check_rows(block_rows: int | None, chunk_rows: int | None) -> None:

@@ -1,9 +1,9 @@
 """Where a job's output lies: what is there, whose it is, and which blocks are done.
 
 While a job runs its output lies in ``TARGET.partial``, a zarr array of whole chunks with, in ``.zcinfer`` inside it, a
-manifest (what is computed: inputs, model digest, settings) and a mark per finished block. The last step renames it
-to ``TARGET``: what has that name is complete. (Marks and not chunk files say what is done: zarr leaves out chunks
-that hold nothing but the fill value.)
+manifest (what is computed: inputs, model digest, settings), a mark per finished block, and what there is to say of
+blocks (`records`). The last step renames it to ``TARGET``: what has that name is complete. (Marks and not chunk files
+say what is done: zarr leaves out chunks that hold nothing but the fill value.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import zarr
 from .archive import write_file
 from .config import local_directory
 from .errors import BlockError, OutputError
+from .records import Outcome, Record, join_records, read_records, write_record
+from .rows import only
 from .sources import directory_of
 
 
@@ -99,6 +101,10 @@ class Target:
                 return found.get(key)
         return None
 
+    def records(self) -> dict[int, Record]:
+        """What there is to say of blocks that are done, by an earlier run or this one."""
+        return read_records(self.path if self.path.exists() else self.partial)
+
     def _clear(self) -> None:
         for place in (self.path, self.partial):
             if place.exists():
@@ -130,7 +136,9 @@ class Target:
         self._clear_halves()
         with self._told():
             with _alone(self.partial):
+                join_records(self.partial)
                 os.rename(self.partial, self.path)
+            shutil.rmtree(self.path / ".zcinfer" / "records", ignore_errors=True)
             shutil.rmtree(self.path / ".zcinfer" / "done")
 
     def _clear_halves(self) -> None:
@@ -149,14 +157,17 @@ class Target:
             ) from error
 
 
-def write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
+def write_block(number: int, block: Any, path: str, token: str, block_rows: int) -> Any:
     """Runs in a worker: write one block, which is whole chunks, then mark it as done; returns its rows, ``(1,)``."""
-    number = block_id[0]
+    block = only(block)
+    outcome = block if isinstance(block, Outcome) else Outcome(block)
+    block = outcome.result
     try:
         with _sharing(Path(path), token):
             array = _open_target(path, token)
             rows = slice(number * block_rows, number * block_rows + len(block))
             _refuse_parts(array, rows, number)
+            write_record(Path(path), number, outcome)
             array[rows] = block
             (Path(path) / ".zcinfer" / "done" / str(number)).touch()
     except OSError as error:
