@@ -26,8 +26,10 @@ from torch import nn
 
 import zcinfer as zc
 from zcinfer.errors import BlockError, InputError, ModelNotFound, OutputError, SettingsError
-from zcinfer.jobs import Job, Report, write
+from zcinfer.jobs import Job
+from zcinfer.report import Report
 from zcinfer.target import write_block
+from zcinfer.writing import write
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -525,7 +527,7 @@ def no_axis(path: Path) -> Path:
         (no_axis, "is a single number"),
         (lambda path: save(path, rows().astype("M8[s]"), zarr_format=2), "is not numeric"),
         (lambda path: save(path, rows()[:, :3]), r"found input 0 \(rows, 3\) float32; Linear expects in_features=4"),
-        (lambda path: rows(), "input is a ndarray: give the path or URL"),
+        (lambda path: rows(), "input is a ndarray: give a path or URL"),
         (lambda path: da.ones((9, 4), chunks=3)[da.ones(9, chunks=3) > 0], r"compute_chunk_sizes\(\)"),
         (lambda path: {}, "no input given"),
     ],
@@ -698,7 +700,7 @@ def test_block_of_another_run_is_not_written(tmp_path: Path, source: Path, scrip
         run("scripted", source, tmp_path / "out.zarr")
     partial = tmp_path / "out.zarr.partial"
     with pytest.raises(BlockError, match="another one writes there"):
-        write_block(np.zeros((5, 3), "f4"), str(partial), "an older token", 5, block_id=(3,))
+        write_block(3, np.zeros((5, 3), "f4"), str(partial), "an older token", 5)
     assert not (partial / "c" / "3").exists()
     assert not (partial / ".zcinfer" / "done" / "3").exists()
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .jobs import run
     from .predictor import Predictor
     from .publishing import load, put, save
+    from .records import failures
     from .store import ModelRef
     from .windowing import windows
 
@@ -26,6 +27,7 @@ _HOME = {
     "connect": "catalog",
     "delete": "catalog",
     "disconnect": "catalog",
+    "failures": "records",
     "load": "publishing",
     "models": "catalog",
     "predict": "arrays",
@@ -46,6 +48,7 @@ __all__ = [
     "delete",
     "disconnect",
     "errors",
+    "failures",
     "load",
     "models",
     "predict",

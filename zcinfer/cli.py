@@ -166,6 +166,14 @@ def rm(models: tuple[str, ...]) -> None:
 @click.option("--method", default="forward", show_default=True, help="Method of the model to call.")
 @click.option("--batch-size", default="auto", show_default=True, help="Rows that one forward gets, or 'auto'.")
 @click.option("--block-rows", type=click.IntRange(1), help="Rows of a block. Default: the source's chunks.")
+@click.option(
+    "--chunk-rows", type=click.IntRange(1), help="Rows of a chunk of TARGET; a block is then a shard of them."
+)
+@click.option("--on-error", type=click.Choice(["raise", "nan", "quarantine"]), default="raise", show_default=True,
+              help="Rows that fail: stop; write NaN and do the others; keep their inputs too.")  # fmt: skip
+@click.option("--max-errors", type=click.IntRange(1), default=100, show_default=True,
+              help="Failures that the whole job may have.")  # fmt: skip
+@click.option("--check-finite", is_flag=True, help="Count NaN and infinite values of inputs and outputs.")
 @click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
               help="What to do with a model in train mode.")  # fmt: skip
 @click.option("--device", help="Default: cuda where there is one, else cpu.")
@@ -182,6 +190,10 @@ def run(
     method: str,
     batch_size: str,
     block_rows: int | None,
+    chunk_rows: int | None,
+    on_error: str,
+    max_errors: int,
+    check_finite: bool,
     training: str,
     device: str | None,
     workers: int | None,
@@ -190,10 +202,11 @@ def run(
     store: str | None,
     as_json: bool,
 ) -> None:
-    """Run MODEL over the rows of the zarr array SOURCE and write the zarr array TARGET.
+    """Run MODEL over the rows of SOURCE and write the zarr array TARGET.
 
-    Rows lie along axis 0. Stopped at any moment, the same command goes on where it was; TARGET appears under its name
-    when it is complete. With several inputs:
+    SOURCE is a zarr array's path or URL, a .npy file, or FILE.h5::/DATASET. Rows lie along axis 0. Stopped at any
+    moment, the same command goes on where it was; TARGET appears under its name when it is complete. With several
+    inputs:
 
     \b
       zcinfer run bert out.zarr --input input_ids=ids.zarr --input attention_mask=mask.zarr
@@ -208,6 +221,7 @@ def run(
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
 
     from . import catalog, config
+    from .guarded import Guard
     from .jobs import Job
 
     _see_here()
@@ -227,6 +241,8 @@ def run(
         training=training,
         device=device,
         block_rows=block_rows,
+        chunk_rows=chunk_rows,
+        guard=Guard(on_error, max_errors, check_finite),
     )
     if sys.stderr.isatty():  # seconds without a sign of life are for logs
         click.echo("starting ..." if scheduler is None else f"connecting to {scheduler} ...", err=True)
@@ -244,6 +260,8 @@ def run(
             f"{report.target}: {report.rows:,} rows in {report.blocks:,} blocks, {report.computed:,} computed now"
             + (f", {was:,} by an earlier run" if was else "")
         )
+        for said in report.findings():
+            click.secho(said, fg="yellow")
 
 
 @main.command()

@@ -24,7 +24,7 @@ import zarr
 from click import echo, style
 from dask.system import cpu_count
 
-from . import catalog, corpus, jobs, loading, publishing, stores
+from . import catalog, corpus, loading, publishing, stores, writing
 from .arrays import predict
 from .cluster import LocalCluster
 from .corpus import ANSWERS, QUESTIONS, embed_pool
@@ -107,7 +107,7 @@ def run_demo(
                 step()
 
             embeddings = embed(ref, tokens, groups)
-            report = jobs.write(
+            report = writing.write(
                 embeddings, target, {"demo": ref.digest}, resume=False, label="embed", progress=not quiet
             )
             rate = report.rows / report.seconds
@@ -326,7 +326,7 @@ def _step(say: Callable[..., None], what: str) -> Iterator[Callable[..., None]]:
 def _output(out: str | Path | None) -> Iterator[Path]:
     """Where the embeddings go: to ``out``, or to a directory that goes with this process."""
     if out is not None:
-        jobs.check_target(out)
+        writing.check_target(out)
         yield Path(out)
         return
     with tempfile.TemporaryDirectory(prefix="zcinfer-demo-") as directory:

@@ -1,59 +1,33 @@
-"""The batch job: a lazy array written to zarr block by block, restartable. The output is the checkpoint.
+"""The batch job: a model, what it reads, its settings and the target, checked together, then done. Restartable.
 
-Not for where the output lies (`target`), nor for what is read (`sources`).
+Not for what is read (`sources`), nor for how blocks are written (`writing`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import dask.array as da
-import numpy as np
 from dask import compute
 
 from .arrays import predict
 from .catalog import ready
-from .errors import InputError, OutputError, SettingsError
-from .outcomes import compute_each
+from .errors import InputError, SettingsError
+from .guarded import PLAIN, Guard, Guarded
 from .outputs import Output
 from .predictor import Predictor
-from .progress import Progress
+from .report import Report
 from .rows import first_rows, rows_of
-from .sources import open_source, stamp
+from .sources import Source, open_source
 from .store import ModelRef
-from .target import Target, token_of, write_block
+from .target import Target
 from .windowing import Windows
+from .writing import manifest_of, refuse_failures, write
 
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a job did.
-
-    Attributes
-    ----------
-    target : str
-        Path of the zarr array.
-    shape : tuple of int
-    rows, blocks : int
-        In all.
-    computed : int
-        Blocks computed by this run; the others were there.
-    seconds : float
-        Of this run.
-    """
-
-    target: str
-    shape: tuple[int, ...]
-    rows: int
-    blocks: int
-    computed: int
-    seconds: float
+log = logging.getLogger("zcinfer")
 
 
 def run(
@@ -68,10 +42,14 @@ def run(
     training: str = "refuse",
     device: str | None = None,
     block_rows: int | None = None,
+    chunk_rows: int | None = None,
+    on_error: str = "raise",
+    max_errors: int = 100,
+    check_finite: bool = False,
     progress: bool = True,
-    **constants: Any,
+    **settings: Any,
 ) -> Report:
-    """Apply a model to zarr arrays on disk and write the result to a new zarr array, restartable.
+    """Apply a model to arrays on disk and write the result to a new zarr array, restartable.
 
     Runs on the current Dask client's cluster, or in this process where there is none.
 
@@ -79,18 +57,30 @@ def run(
     ----------
     model : str or ModelRef
     source : str, path, zarr.Array, dask.array.Array or Windows of one; or a dict of them by input name
-        ``(rows, ...)`` each.
+        ``(rows, ...)`` each. Text is a zarr array's path or URL (any that fsspec knows), a ``.npy`` file, or a dataset
+        of an HDF5 file as ``FILE.h5::/DATASET``.
     target : path
-        Zarr array to be written (format 3). Its chunks are whole blocks.
+        Zarr array to be written (format 3). Its chunks, or its shards, are blocks.
     resume : bool
         True: do what an interrupted run of the same job left; nothing if it is complete. False: throw away what
         a run of ours has left there, and start over.
     block_rows : int, optional
-        Rows of a block; default: those of the first input's chunks.
+        Rows of a block. Default: those of the first input's chunks or shards; of about 8 MiB where it is a ``.npy`` or
+        HDF5 file; with ``chunk_rows``, rounded up to whole chunks.
+    chunk_rows : int, optional
+        Rows of a chunk: a block is then a shard, one file of several chunks that can be read one by one. Default: a
+        block is a chunk.
+    on_error : {"raise", "nan", "quarantine"}
+        What to do with rows that fail. "raise": stop. "nan": find them, write NaN for them (outputs must be floating)
+        and compute all others; `failures` tells which they are and why. "quarantine": and keep their inputs.
+    max_errors : int
+        Failures that the whole job may have, all runs of it together, before it stops.
+    check_finite : bool
+        Count the NaN and infinite values of inputs and outputs, block by block.
     progress : bool
         Show progress on standard error.
-    batch_size, output, method, training, device, **constants
-        As for `predict`.
+    batch_size, output, method, training, device, **settings
+        As for `predict`, with all that it takes but lists of outputs and models.
 
     Returns
     -------
@@ -99,11 +89,16 @@ def run(
     Raises
     ------
     InputError
-        A source is no zarr array, or the model refuses its rows.
+        A source is not there or no array, or the model refuses its rows.
     OutputError
         The target exists and is not ours, or is another job's.
     BlockError
-        A block failed. What was finished is kept; the same call goes on from there.
+        A block failed, or too many rows did. What was finished is kept; the same call goes on from there.
+
+    Notes
+    -----
+    The batch that a failing row is in is computed in parts: its other rows are then of smaller batches, and equal but
+    for their last bits. All other batches are what they would have been.
 
     Examples
     --------
@@ -126,9 +121,14 @@ def run(
         training=training,
         device=device,
         block_rows=block_rows,
-        **constants,
+        chunk_rows=chunk_rows,
+        guard=Guard(on_error, max_errors, check_finite),
+        **settings,
     )
-    return job.run(progress=progress)
+    report = job.run(progress=progress)
+    for said in report.findings():
+        log.warning("%s: %s", report.target, said)
+    return report
 
 
 class Job:
@@ -145,29 +145,40 @@ class Job:
         *,
         resume: bool = True,
         block_rows: int | None = None,
+        chunk_rows: int | None = None,
+        guard: Guard = PLAIN,
         **settings: Any,
     ):
-        if block_rows is not None and block_rows < 1:
-            raise SettingsError(f"block_rows is {block_rows}: a block has one row at least")
+        _check_rows(block_rows, chunk_rows)
+        self.guard = guard
         self.place = Target(target)
         self.resume = resume
         self.named = isinstance(source, Mapping)
         sources = _by_name(source)
         opened = _open_all(sources, self.place)
-        rows = block_rows or max(next(iter(opened.values())).chunks[0])
-        self.arrays = {name: _in_blocks(array, rows) for name, array in opened.items()}
-        predictor = Predictor(model, keywords=tuple(opened) if self.named else (), **settings)
+        rows = block_rows or max(1, *next(iter(opened.values())).chunks[0])
+        if chunk_rows is not None:
+            rows = -(-rows // chunk_rows) * chunk_rows
+        self.chunk_rows = chunk_rows if chunk_rows != rows else None
+        self.arrays: dict[str, Any] = {name: source.in_blocks(rows) for name, source in opened.items()}
+        settings["keywords"] = tuple(opened) if self.named else ()
+        predictor = Guarded(guard, [*opened], model, **settings) if guard.watches else Predictor(model, **settings)
         inputs = list(self.arrays.values())
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
         if self.predictor.several:
             raise SettingsError("a job writes one array, and several outputs were asked for: run one job for each")
+        binding = self.predictor.binding
+        assert binding is not None
+        guard.refuse_integers(binding.outputs, str(predictor.ref))
         self.identity = {
             "model": str(predictor.ref),
             "digest": predictor.ref.digest,
             "settings": predictor.fingerprint(),
-            "inputs": {name: _stamp(value, opened[name]) for name, value in sources.items()},
+            "inputs": {name: source.stamp() for name, source in opened.items()},
         }
-        self.place.check(_manifest(self._lazy(), self.identity), resume)
+        self.place.check(manifest_of(self._lazy(), self.identity, self.chunk_rows), resume)
+        if resume:
+            refuse_failures(self.place.records(), self.place, guard)
         # An earlier run's, if there was one: other batches would change last bits.
         self.batch_rows = self.place.recorded("batch_rows") if resume else None
 
@@ -177,15 +188,16 @@ class Job:
         if self.batch_rows is None:
             (self.batch_rows,) = compute(self.predictor.planned(next(iter(self.arrays.values())).chunks[0]))
         self.predictor.batch_size = self.batch_rows
-        label = str(self.predictor.ref)
         return write(
             self._lazy(),
             self.place,
             self.identity,
             resume=self.resume,
-            label=label,
+            chunk_rows=self.chunk_rows,
+            label=str(self.predictor.ref),
             progress=progress,
             batch_rows=self.batch_rows,
+            guard=self.guard,
         )
 
     def _lazy(self) -> da.Array:
@@ -194,88 +206,15 @@ class Job:
         return predict(self.predictor, *self.arrays.values())
 
 
-def check_target(target: str | Path) -> None:
-    """Refuse a target that exists and was not written by zcinfer, before anything is started."""
-    Target(target).refuse_foreign()
-
-
-def write(
-    array: da.Array,
-    target: str | Path | Target,
-    identity: dict[str, Any],
-    *,
-    resume: bool = True,
-    label: str = "writing",
-    progress: bool = True,
-    batch_rows: int | None = None,
-) -> Report:
-    """Compute a lazy array block by block into a zarr array that appears, complete, under the name ``target``.
-
-    Parameters
-    ----------
-    array : dask.array.Array
-        ``(rows, ...)``; row chunks of one length (the last may be short), other axes in one chunk.
-    target : path
-    identity : dict
-        What is computed, in JSON types; a restart goes on only with the same.
-    resume, progress
-        As for `run`.
-    label : str
-        What to call the job.
-    batch_rows : int, optional
-        Rows of a batch, kept for a restart.
-
-    Returns
-    -------
-    Report
-    """
-    begin = perf_counter()
-    place = target if isinstance(target, Target) else Target(target)
-    lengths = array.chunks[0]
-    if any(length != lengths[0] for length in lengths[:-1]) or not lengths[-1] <= lengths[0]:
-        raise OutputError(
-            f"the row chunks {lengths[:4]}... have different or unknown lengths: rechunk the input, x.rechunk({{0: n}})"
+def _check_rows(block_rows: int | None, chunk_rows: int | None) -> None:
+    for name, rows in (("block", block_rows), ("chunk", chunk_rows)):
+        if rows is not None and rows < 1:
+            raise SettingsError(f"{name}_rows is {rows}: a {name} has one row at least")
+    if block_rows is not None and chunk_rows is not None and block_rows % chunk_rows:
+        raise SettingsError(
+            f"block_rows is {block_rows} and chunk_rows {chunk_rows}: a block is whole chunks, so give a multiple, "
+            f"for example block_rows={-(-block_rows // chunk_rows) * chunk_rows}"
         )
-    manifest = _manifest(array, identity) | {"batch_rows": batch_rows}
-
-    def report(computed: int) -> Report:
-        shape = tuple(array.shape)
-        return Report(str(place.path), shape, shape[0], len(lengths), computed, perf_counter() - begin)
-
-    with place.claim(manifest, resume) as complete:
-        if complete:
-            return report(0)
-        done = place.prepare(manifest)
-        missing = [number for number in range(len(lengths)) if number not in done]
-        rows_done = sum(lengths[number] for number in done)
-        with Progress(label, array.shape[0], rows_done, quiet=not progress) as bar:
-            if missing:
-                token = token_of(place.partial)
-                written = array.map_blocks(
-                    write_block,
-                    str(place.partial),
-                    token,
-                    lengths[0],
-                    dtype=np.int64,
-                    chunks=((1,) * len(lengths),),
-                    drop_axis=list(range(1, array.ndim)),
-                    meta=np.empty(0, np.int64),
-                    name="write-" + token,
-                )
-                for number in compute_each(written.blocks[missing], missing):
-                    bar.add(lengths[number])
-        place.finish()
-        return report(len(missing))
-
-
-def _manifest(array: da.Array, identity: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "identity": identity,
-        "shape": list(array.shape),
-        "dtype": array.dtype.str,
-        "block_rows": array.chunks[0][0],
-    }
 
 
 def _by_name(source: Any) -> dict[str, Any]:
@@ -284,7 +223,7 @@ def _by_name(source: Any) -> dict[str, Any]:
     }
 
 
-def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Any]:
+def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Source | Windows]:
     place.refuse_foreign()
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
@@ -293,21 +232,11 @@ def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Any]:
     return {name: _open(value, name) for name, value in sources.items()}
 
 
-def _open(source: Any, name: str) -> Any:
+def _open(source: Any, name: str) -> Source | Windows:
     if not isinstance(source, Windows):
         return open_source(source, name)
     if not source.is_lazy:
         raise InputError(
-            f"{name} is windows of a NumPy array: give windows of the path or URL of a zarr array, or of a dask array"
+            f"{name} is windows of a NumPy array: give windows of the path or URL of an array, or of a dask array"
         )
     return source
-
-
-def _in_blocks(array: Any, rows: int) -> Any:
-    return replace(array, block_rows=rows) if isinstance(array, Windows) else array.rechunk({0: rows})
-
-
-def _stamp(source: Any, opened: Any) -> dict[str, Any]:
-    if isinstance(source, Windows):
-        return stamp(source.x, source.source) | {"windows": source.spec.identity()}
-    return stamp(source, opened)

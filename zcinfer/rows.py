@@ -50,7 +50,8 @@ def rows_of(array: Any) -> Rows:
     """Row shape and dtype of a NumPy or dask array; refuses one without rows."""
     if array.ndim == 0:
         raise InputError("an input is a single number: the rows are along axis 0, so it needs at least one axis")
-    return Rows(tuple(array.shape[1:]), array.dtype.newbyteorder("="))
+    dtype = array.dtype
+    return Rows(tuple(array.shape[1:]), dtype if dtype.kind == "T" else dtype.newbyteorder("="))  # text has none
 
 
 def first_rows(array: Any) -> Array:

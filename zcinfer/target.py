@@ -1,9 +1,9 @@
 """Where a job's output lies: what is there, whose it is, and which blocks are done.
 
 While a job runs its output lies in ``TARGET.partial``, a zarr array of whole chunks with, in ``.zcinfer`` inside it, a
-manifest (what is computed: inputs, model digest, settings) and a mark per finished block. The last step renames it
-to ``TARGET``: what has that name is complete. (Marks and not chunk files say what is done: zarr leaves out chunks
-that hold nothing but the fill value.)
+manifest (what is computed: inputs, model digest, settings), a mark per finished block, and what there is to say of
+blocks (`records`). The last step renames it to ``TARGET``: what has that name is complete. (Marks and not chunk files
+say what is done: zarr leaves out chunks that hold nothing but the fill value.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import zarr
 from .archive import write_file
 from .config import local_directory
 from .errors import BlockError, OutputError
+from .records import Outcome, Record, join_records, read_records, write_record
+from .rows import only
 from .sources import directory_of
 
 
@@ -99,6 +101,10 @@ class Target:
                 return found.get(key)
         return None
 
+    def records(self) -> dict[int, Record]:
+        """What there is to say of blocks that are done, by an earlier run or this one."""
+        return read_records(self.path if self.path.exists() else self.partial)
+
     def _clear(self) -> None:
         for place in (self.path, self.partial):
             if place.exists():
@@ -114,24 +120,32 @@ class Target:
                 zarr.create_array(
                     str(new),
                     shape=tuple(manifest["shape"]),
-                    chunks=(max(1, manifest["block_rows"]), *(max(1, n) for n in manifest["shape"][1:])),
+                    **_cut(manifest),
                     dtype=manifest["dtype"],
                     attributes={"zcinfer": manifest["identity"]},
                 )
                 (new / ".zcinfer" / "done").mkdir(parents=True)
                 write_file(_manifest(new), json.dumps(manifest, indent=1).encode())
                 os.rename(new, self.partial)
+        self._clear_halves()
         marks = (mark.name for mark in (self.partial / ".zcinfer" / "done").iterdir())
         return {int(name) for name in marks if name.isdecimal()}
 
     def finish(self) -> None:
         """Give the complete output its name."""
+        self._clear_halves()
         with self._told():
             with _alone(self.partial):
-                for left in self.partial.rglob("*.partial"):
-                    left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
+                join_records(self.partial)
                 os.rename(self.partial, self.path)
+            shutil.rmtree(self.path / ".zcinfer" / "records", ignore_errors=True)
             shutil.rmtree(self.path / ".zcinfer" / "done")
+
+    def _clear_halves(self) -> None:
+        """Remove what workers that were killed left of the files they wrote."""
+        with self._told(), _alone(self.partial):
+            for left in self.partial.rglob("*.partial"):
+                left.unlink(missing_ok=True)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -143,18 +157,45 @@ class Target:
             ) from error
 
 
-def write_block(block: Any, path: str, token: str, block_rows: int, block_id: tuple[int, ...]) -> Any:
+def write_block(number: int, block: Any, path: str, token: str, block_rows: int) -> Any:
     """Runs in a worker: write one block, which is whole chunks, then mark it as done; returns its rows, ``(1,)``."""
-    number = block_id[0]
+    block = only(block)
+    outcome = block if isinstance(block, Outcome) else Outcome(block)
+    block = outcome.result
     try:
         with _sharing(Path(path), token):
-            _open_target(path, token)[number * block_rows : number * block_rows + len(block)] = block
+            array = _open_target(path, token)
+            rows = slice(number * block_rows, number * block_rows + len(block))
+            _refuse_parts(array, rows, number)
+            write_record(Path(path), number, outcome)
+            array[rows] = block
             (Path(path) / ".zcinfer" / "done" / str(number)).touch()
     except OSError as error:
         raise BlockError(
             f"block {number} could not be written to {path}: {error}. Free space or rights, and run again."
         ) from error
     return np.full(1, len(block))
+
+
+def _cut(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Chunks and shards of an output: a block is one chunk, or one shard of several."""
+    rows, chunk_rows = max(1, manifest["block_rows"]), manifest["chunk_rows"]
+    rest = tuple(max(1, n) for n in manifest["shape"][1:])
+    if chunk_rows is None:
+        return {"chunks": (rows, *rest)}
+    # Of an output with fewer rows than a block, the last chunk reaches beyond its end.
+    return {"chunks": (chunk_rows, *rest), "shards": (-(-rows // chunk_rows) * chunk_rows, *rest)}
+
+
+def _refuse_parts(array: Any, rows: slice, number: int) -> None:
+    """Refuse to write anything but whole chunks or shards: another task's rows in them would be lost."""
+    whole, end = (array.shards or array.chunks)[0], array.shape[0]
+    if rows.start % whole or rows.stop > end or (rows.stop % whole and rows.stop != end):
+        kind = "shards" if array.shards else "chunks"
+        raise BlockError(
+            f"block {number}, rows {rows.start:,}–{rows.stop - 1:,}, is not whole {kind} of {whole:,} rows: nothing of "
+            "it was written"
+        )
 
 
 def token_of(partial: Path) -> str:

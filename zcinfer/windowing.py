@@ -8,7 +8,7 @@ others. The windows of a segment are a view that never leaves its task.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from .errors import InputError, SettingsError
 from .expansion import Block, Prepare, Spec
 from .rows import Array, only, refuse_masked
 from .segments import as_chunks
-from .sources import open_source
+from .sources import Source, open_source
 
 
 def windows(
@@ -39,7 +39,7 @@ def windows(
 
     Parameters
     ----------
-    x : numpy.ndarray, dask.array.Array, zarr.Array, or path or URL of a zarr array
+    x : numpy.ndarray, or a source as for `run`
         For example ``(channels, time)``; any number of axes, in any chunks of known lengths.
     size, step : int
         Samples of a window, and from the beginning of one window to that of the next. Windows that would reach over
@@ -107,6 +107,8 @@ class Windows:
     ----------
     source : numpy.ndarray or dask.array.Array
         ``x``, opened; a dask array in one chunk along all other axes.
+    opened : Source, optional
+        Where it is from; None: from memory.
     spec : Spec
     length : int
         Samples along the axis.
@@ -121,6 +123,7 @@ class Windows:
     dtype: Any = None
     block_rows: int | None = None
     source: Any = field(init=False)
+    opened: Source | None = field(init=False)
     spec: Spec = field(init=False)
     length: int = field(init=False)
 
@@ -132,7 +135,9 @@ class Windows:
             raise SettingsError(f"prepare is a {type(self.prepare).__name__}: give a function (segment, history)")
         if not isinstance(self.axis, int | np.integer):
             raise SettingsError(f"axis is {self.axis!r}: give the number of the axis of samples")
-        source = self.x if isinstance(self.x, np.ndarray) else open_source(self.x, "x", axis=self.axis)
+        opened = None if isinstance(self.x, np.ndarray) else open_source(self.x, "x", axis=self.axis)
+        source = self.x if opened is None else opened.array
+        _settle(self, "opened", opened)
         _settle(self, "axis", _axis(self.axis, source.ndim))
         _settle(self, "source", _in_one_chunk_but(self.axis, source))
         _settle(self, "length", source.shape[self.axis])
@@ -240,6 +245,15 @@ class Windows:
         """
         block = self.spec.block(0, min(rows, len(self)))
         return self.spec.expand(np.asarray(self.source[self.spec.along(block.start, block.stop)]))
+
+    def in_blocks(self, rows: int) -> Windows:
+        """The same, in blocks of so many windows."""
+        return replace(self, block_rows=rows)
+
+    def stamp(self) -> dict[str, Any]:
+        """What tells them from others, in JSON types; for windows of a source of jobs."""
+        assert self.opened is not None
+        return self.opened.stamp() | {"windows": self.spec.identity()}
 
     def to_dask(self, rows: int | Sequence[int] | None = None) -> da.Array:
         """A dask array of the windows; its blocks count, are spilled and are sent as ``size / step`` times the samples.
