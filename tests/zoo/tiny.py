@@ -12,6 +12,8 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from zoo.sweep import NotBuilt
+
 MOST_PARAMETERS = 5_000_000
 LAYERS, HEADS, TOKENS, POSITIONS, IMAGE, PATCHES = 2, 4, 128, 128, 64, 4
 FIRST_SPECIAL_TOKEN = 64
@@ -43,10 +45,6 @@ WANTED = {"vocab_size": TOKENS, "prediction_length": 8, "num_experts_per_tok": 2
 # Widths to try, with weights tied where a model can, and with what a configuration has worked out made small as well.
 ATTEMPTS = [(64, True, True), (64, True, False), (64, False, True), (32, True, True), (8, True, True)]
 KINDS = ("", "_FOR_CAUSAL_LM", "_FOR_SEQ_TO_SEQ_CAUSAL_LM", "_FOR_MASKED_LM", "_FOR_IMAGE_TEXT_TO_TEXT")
-
-
-class NotBuilt(Exception):
-    """There is no tiny model of this class here."""
 
 
 def classes() -> list[str]:

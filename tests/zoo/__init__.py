@@ -1,0 +1,1 @@
+"""Models of all kinds, and what must come back of them."""

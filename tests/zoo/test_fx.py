@@ -1,0 +1,183 @@
+"""Graphs: traced modules with and without parameters of their own, edited, nested."""
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from zcinfer.errors import SplitError
+from zcinfer.parts import split
+from zoo.compare import outputs, round_trip, state_of
+from zoo.samples import IMAGE, Models, X, convolution, mlp
+
+OFFSET = 3.0
+
+
+@fx.wrap
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    return x + OFFSET if x.sum() > 0 else x - OFFSET
+
+
+class Rooted(nn.Module):
+    """Parameters, buffers and tensors of the root itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("scale", torch.rand(4))
+        self.register_buffer("lost", torch.rand(4), persistent=False)
+        self.layer = nn.Linear(4, 4)
+        self.layer.weight = self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x @ self.weight) * self.scale + self.lost + torch.ones(4)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, more: bool = True) -> Any:
+        y = self.left(x)
+        return {"sum": y + self.right(x) if more else y, "pair": (y, self.right(x)[0])}
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return shifted(self.layer(x))
+
+
+def edited() -> nn.Module:
+    graph = fx.symbolic_trace(mlp())
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.target == "1":
+            with graph.graph.inserting_after(node):
+                new = graph.graph.call_function(torch.tanh, (node.args[0],))
+            node.replace_all_uses_with(new)
+            graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+def by_hand(tracer: Any = fx.Tracer) -> nn.Module:
+    graph = fx.Graph(tracer_cls=tracer)
+    x = graph.placeholder("x")
+    product = graph.call_function(operator.matmul, (x, graph.get_attr("weights.first")))
+    graph.output((product, graph.call_method("sum", (product,), {"dim": 1})))
+    root = nn.Module()
+    root.weights = nn.ParameterDict({"first": torch.randn(4, 3), "unused": torch.randn(2)})
+    return fx.GraphModule(root, graph, "ByHand")
+
+
+def with_attributes() -> nn.Module:
+    graph = fx.symbolic_trace(mlp())
+    graph.note = "an attribute"
+    graph.table = {"weight": graph.get_parameter("0.weight")}
+    graph.register_buffer("unused", torch.ones(2))
+    return graph
+
+
+def specialised() -> nn.Module:
+    return fx.symbolic_trace(Branches(), concrete_args={"more": True})
+
+
+class Model(nn.Module):
+    """A graph within a module, and twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.symbolic_trace(Rooted())
+        self.graphs = nn.ModuleList([self.graph, fx.symbolic_trace(mlp())])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.graphs[1](self.graphs[0](x))
+
+
+MODELS: Models = {
+    "a graph": (lambda: fx.symbolic_trace(mlp()), (X,)),
+    "a graph with weights of its own": (lambda: fx.symbolic_trace(Rooted()), (X,)),
+    "a graph with a function left whole": (lambda: fx.symbolic_trace(Whole()), (X,)),
+    "a specialised graph": (specialised, (X, True)),
+    "an edited graph": (edited, (X,)),
+    "a graph by hand": (by_hand, (X,)),
+    "a graph with attributes": (with_attributes, (X,)),
+    "a graph in eval mode": (lambda: fx.symbolic_trace(convolution().eval()), (IMAGE,)),
+    "graphs within a module": (Model, (X,)),
+}
+
+
+def test_weights_of_the_root_are_parameters_and_buffers_of_the_copy() -> None:
+    copy = round_trip(fx.symbolic_trace(Rooted()))
+    assert [name for name, _ in copy.named_parameters(remove_duplicate=False)] == [
+        "weight", "layer.weight", "layer.bias"
+    ]  # fmt: skip
+    assert copy.weight is copy.layer.weight
+    assert {name for name, _ in copy.named_buffers()} >= {"scale", "lost"}
+
+
+def test_the_graph_of_the_copy_can_be_edited() -> None:
+    model = fx.symbolic_trace(Rooted())
+    before, expected = state_of(model), outputs(model, (X,)).found
+    copy = round_trip(model)
+    (last,) = [node for node in copy.graph.nodes if node.op == "output"]
+    with copy.graph.inserting_before(last):
+        last.args = (copy.graph.call_function(torch.neg, (last.args[0],)),)
+    copy.recompile()
+    assert torch.equal(copy(X), -model(X))
+    assert state_of(model) == before
+    assert outputs(model, (X,)).found == expected
+
+
+def test_what_a_graph_says_of_its_arguments_in_words_is_refused_with_its_place() -> None:
+    """Torch cannot pickle a graph whose arguments are annotated with text, as under `import annotations`."""
+    graph = fx.symbolic_trace(mlp())
+    next(iter(graph.graph.nodes)).type = "torch.Tensor"
+    graph.recompile()
+    with pytest.raises(SplitError, match="cannot be taken apart: 'str' object has no attribute"):
+        split(graph)
+
+
+@pytest.mark.xfail(strict=True, reason="torch pickles a graph without its hooks, and nothing says that they are lost")
+def test_hooks_of_a_graph_come_back_or_are_refused() -> None:
+    graph = fx.symbolic_trace(mlp())
+    graph.register_forward_hook(lambda module, args, output: output * 2)
+    assert torch.equal(round_trip(graph)(X), graph(X))
+
+
+@pytest.mark.xfail(strict=True, reason="torch pickles a graph without which of its buffers are not saved")
+def test_buffers_of_a_graph_that_are_not_saved_stay_so() -> None:
+    graph = fx.symbolic_trace(mlp())
+    graph.register_buffer("table", torch.ones(2), persistent=False)
+    assert list(round_trip(graph).state_dict()) == list(graph.state_dict())
+
+
+@pytest.mark.xfail(strict=True, reason="torch pickles a graph without its `meta`, and nothing says that it is lost")
+def test_the_metadata_of_a_graph_come_back() -> None:
+    graph = fx.symbolic_trace(mlp())
+    graph.meta["note"] = {"version": 3}
+    assert round_trip(graph).meta == graph.meta
+
+
+@pytest.mark.xfail(strict=True, reason="torch makes buffers of a graph's plain tensors: its state has other keys")
+def test_tensors_of_a_graph_that_are_no_buffers_stay_none() -> None:
+    graph = make_fx(mlp().eval())(X)
+    copy = round_trip(graph)
+    assert torch.equal(copy(X), graph(X))
+    assert list(copy.state_dict()) == list(graph.state_dict())
+
+
+@pytest.mark.xfail(strict=True, reason="torch gives a graph a tracer that had none, and so the copy is another model")
+def test_a_graph_by_hand_that_was_loaded_is_the_same_model() -> None:
+    graph = by_hand(None)
+    copy = round_trip(graph)
+    assert outputs(copy, (X,)).found == outputs(graph, (X,)).found
+    assert split(copy).description.digest == split(graph).description.digest
