@@ -130,7 +130,9 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
         skeleton_sha256=hashlib.sha256(skeleton).hexdigest(),
         skeleton_nbytes=len(skeleton),
         # An exported program has no modes.
-        training=tuple(name for name, module in model.named_modules() if module.training) if whole is model else (),
+        training=tuple(name for name, module in model.named_modules() if getattr(module, "training", False))
+        if whole is model
+        else (),
         dtype=_floating_dtype(model),
         requires={package: _version(package) for package in sorted(canonical.packages - sys.stdlib_module_names)},
         private=tuple((place_of(obj, whole), nbytes) for obj, nbytes in taken.private),

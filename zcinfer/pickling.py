@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from .bytecode import is_importable
@@ -68,6 +69,19 @@ def reduce_refused(obj: Any) -> Any:
         base: Any = kind.__bases__[0]
         names = tuple(vars(obj)["_modules"]["parametrizations"])
         return new_parametrized, (base, names), base.__getstate__(obj)
+    if isinstance(obj, GraphModule) and _same(kind.__reduce__, GraphModule.__reduce__):
+        return new_graph, obj.__reduce__()
+    parameter = torch.nn.Parameter
+    if isinstance(obj, parameter) and kind is not parameter and _same(kind.__reduce_ex__, parameter.__reduce_ex__):
+        # Torch makes a plain Parameter of a subclass's.
+        return new_subclass, (kind, *obj.__reduce_ex__(4))  # type: ignore[no-untyped-call]
+    if isinstance(obj, torch.nn.Module) and _same(kind.__getstate__, torch.nn.Module.__getstate__):
+        names = copyreg._slotnames(kind)  # type: ignore[attr-defined]
+        slots = {name: getattr(obj, name) for name in names if hasattr(obj, name)}
+        if slots:  # which torch leaves out
+            reduced: Any = obj.__reduce_ex__(4)
+            function, arguments, state = reduced[:3]
+            return function, arguments, (state, slots), None, None, set_state
     if kind is functools._lru_cache_wrapper and not is_importable(obj):
         return new_cache, (obj.__wrapped__, obj.cache_parameters())
     if kind is functools.cached_property:
@@ -81,6 +95,38 @@ def new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> tor
     for name in names:
         parametrize._inject_property(module, name)
     return module
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def new_graph(function: Callable[..., Any], arguments: tuple[dict[str, Any], Any]) -> torch.nn.Module:
+    """A module of FX, with all that it had: torch traces its code anew, and keeps what the code uses.
+
+    Where tracing makes other code (what depends on parameters alone is computed then), it is left as torch makes it.
+    """
+    attributes, *others = arguments
+    graph: Any = function(dict(attributes), *others)
+    if graph._code == attributes["_code"]:
+        vars(graph).update(attributes)
+        graph.graph._tracer_cls = attributes.get("_tracer_cls")
+    return graph  # type: ignore[no-any-return]
+
+
+def new_subclass(kind: type, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What a reduction makes, as an instance of a subclass."""
+    made = function(*arguments)
+    made.__class__ = kind
+    return made
+
+
+def set_state(module: torch.nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Give a module its attributes, and what is in its slots."""
+    attributes, slots = state
+    module.__setstate__(attributes)  # type: ignore[no-untyped-call]
+    for name, value in slots.items():
+        object.__setattr__(module, name, value)  # past torch's, which would register it
 
 
 def new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:

@@ -26,8 +26,11 @@ from .pickling import (
     PRIVATE,
     is_plain,
     new_cache,
+    new_graph,
     new_parametrized,
+    new_subclass,
     reduce_refused,
+    set_state,
     shared_bytes,
     storage_key,
 )
@@ -145,7 +148,7 @@ def _array_fake(_: torch.Tensor, dtype: Any, shape: tuple[int, ...], order: Any,
 # Functions that a skeleton calls, by their numbers in it (most are C's); tensors have the numbers that follow.
 _ADOPT = vars(Module)["__dict__"].__set__  # module.__dict__ = state
 _ADOPT_TENSOR = vars(torch.Tensor)["__dict__"].__set__
-_CONSTANT = (new_parametrized, new_cache, load_script, load_exported)
+_CONSTANT = (new_parametrized, new_graph, new_subclass, set_state, new_cache, load_script, load_exported)
 _FUNCTIONS = {id(f): number for number, f in enumerate((_ADOPT, _ADOPT_TENSOR, _tensor, _array, *_CONSTANT))}
 
 _PRIVATE = frozenset((bytes, bytearray, str))

@@ -146,21 +146,18 @@ def test_what_a_graph_says_of_its_arguments_in_words_is_refused_with_its_place()
         split(graph)
 
 
-@pytest.mark.xfail(strict=True, reason="torch pickles a graph without its hooks, and nothing says that they are lost")
 def test_hooks_of_a_graph_come_back_or_are_refused() -> None:
     graph = fx.symbolic_trace(mlp())
     graph.register_forward_hook(lambda module, args, output: output * 2)
     assert torch.equal(round_trip(graph)(X), graph(X))
 
 
-@pytest.mark.xfail(strict=True, reason="torch pickles a graph without which of its buffers are not saved")
 def test_buffers_of_a_graph_that_are_not_saved_stay_so() -> None:
     graph = fx.symbolic_trace(mlp())
     graph.register_buffer("table", torch.ones(2), persistent=False)
     assert list(round_trip(graph).state_dict()) == list(graph.state_dict())
 
 
-@pytest.mark.xfail(strict=True, reason="torch pickles a graph without its `meta`, and nothing says that it is lost")
 def test_the_metadata_of_a_graph_come_back() -> None:
     graph = fx.symbolic_trace(mlp())
     graph.meta["note"] = {"version": 3}
@@ -175,7 +172,6 @@ def test_tensors_of_a_graph_that_are_no_buffers_stay_none() -> None:
     assert list(copy.state_dict()) == list(graph.state_dict())
 
 
-@pytest.mark.xfail(strict=True, reason="torch gives a graph a tracer that had none, and so the copy is another model")
 def test_a_graph_by_hand_that_was_loaded_is_the_same_model() -> None:
     graph = by_hand(None)
     copy = round_trip(graph)

@@ -210,7 +210,6 @@ def test_a_subclass_keeps_its_class_its_attributes_and_its_storage() -> None:
     assert (copy.over_a_weight == 7).all()
 
 
-@pytest.mark.xfail(strict=True, reason="torch pickles a subclass of Parameter as a Parameter, and nothing says so")
 def test_a_subclass_of_parameter_keeps_its_class() -> None:
     model = nn.Module()
     model.weight = TaggedParameter(torch.randn(4, 4))

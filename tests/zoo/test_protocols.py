@@ -318,7 +318,6 @@ def test_a_model_whose_copies_are_itself_keeps_its_weights() -> None:
     assert torch.equal(copy(X), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="torch pickles a module without what is in its slots, and nothing says so")
 def test_slots_of_a_module_come_back_or_are_refused() -> None:
     model = Slotted()
     assert torch.equal(round_trip(model)(X), model(X))
