@@ -100,6 +100,13 @@ def test_rows_that_fail_only_together_are_kept(drawn: tuple[int, int, set[int]],
         assert not result[one, 0] <= other <= result[one, 1]  # they went apart
 
 
+def test_rows_that_failed_together_are_told_as_the_least_part_that_did() -> None:
+    found = salvage(Model(8, {12}, {(1, 3)}), 16, 8, most=2)
+    assert [(f.start, f.stop, f.together) for f in found.failed] == [(0, 4, True), (12, 13, False)]
+    assert found.failed[0].error == "rows 1 and 3 do not go together"
+    assert [(start, stop) for start, stop, _ in found.parts] == [(0, 2), (2, 4), (4, 8), (8, 12), (13, 14), (14, 16)]
+
+
 def test_what_works_at_once_is_one_call() -> None:
     model = Model(4, set())
     found = salvage(model, 100, 4, most=0)

@@ -27,6 +27,7 @@ import zcinfer as zc
 from zcinfer.cli import main
 from zcinfer.errors import BlockError, OutputError, SettingsError
 from zcinfer.guarded import Guard, Guarded
+from zcinfer.jobs import Job
 from zcinfer.predictor import Predictor
 from zcinfer.records import Failure, Nonfinite, Outcome
 from zcinfer.report import Report
@@ -323,12 +324,26 @@ def test_failures_that_were_allowed_are_not_when_none_are(
         folder.says(bad=[7, *range(15, 20)])
         with pytest.raises(BlockError):
             run(source, out, max_errors=3)
-    with pytest.raises(OutputError, match=r"1 failures, and on_error='raise' allows none; .*row 7.*--start-over"):
+    with pytest.raises(OutputError, match=r"1 failure, and on_error='raise' allows none; .*row 7.*--start-over"):
         run(source, out, "raise")
     folder.says(bad=[])
     assert run(source, out, "raise", resume=False).failed == ()
     assert zc.failures(out) == []
     assert np.array_equal(read(out), plain(folder, rows()))
+
+
+def test_failures_are_refused_when_the_job_is_made_and_again_when_it_begins(
+    tmp_path: Path, source: Path, folder: Folder
+) -> None:
+    folder.says(bad=[7])
+    job = Job("picky", source, tmp_path / "out.zarr", batch_size=BATCH)
+    run(source, tmp_path / "out.zarr")
+    for begin in (
+        lambda: job.run(progress=False),
+        lambda: Job("picky", source, tmp_path / "out.zarr", batch_size=BATCH),
+    ):
+        with pytest.raises(OutputError, match="1 failure, and on_error='raise' allows none"):
+            begin()
 
 
 def test_failures_of_a_block_that_was_not_finished_do_not_count(tmp_path: Path, source: Path, folder: Folder) -> None:

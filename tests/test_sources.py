@@ -260,6 +260,14 @@ def test_file_system_that_tells_no_times_is_warned_of(tmp_path: Path, caplog: py
     assert "a restart will not notice" in caplog.text
 
 
+def test_listings_are_asked_for_anew(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = zarr.open_array(in_memory(memory).given, mode="r")
+    asked: list[object] = []
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "invalidate_cache", lambda self, *_: asked.append(self))
+    remote_stamp(array)
+    assert asked == [array.store.fs.sync_fs]  # type: ignore[attr-defined]
+
+
 def test_password_in_a_url_is_not_kept(web: tuple[Path, str]) -> None:
     kind = on_the_web(web)
     found = open_source(kind.given.replace("//", "//me:secret@"), "input").stamp()

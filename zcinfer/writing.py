@@ -147,7 +147,8 @@ def refuse_failures(records: Mapping[int, Record], place: Target, guard: Guard) 
 def _too_many(records: Mapping[int, Record], place: Target, allowed: str) -> str:
     failures = [failure for record in records.values() for failure in record.failures]
     first = min(failures, key=lambda failure: failure.first)
+    count = f"{len(failures):,} failure" + "s" * (len(failures) > 1)
     return (
-        f"{len(failures):,} failures, {allowed}; the first: row {first.first:,}: {first.error}. "
+        f"{count}, {allowed}; the first: row {first.first:,}: {first.error}. "
         f"zcinfer.failures({str(place.path)!r}) tells of all."
     )
