@@ -50,6 +50,7 @@ def places(_: int) -> int:
     return int(door._value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("torchs", "expected"), [(1, 3), (3, 1)])
 def test_workers_of_others_compute_on_all_their_threads(torchs: int, expected: int) -> None:
     def look(threads: int) -> int:

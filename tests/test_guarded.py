@@ -375,6 +375,7 @@ zc.run("picky", sys.argv[2], sys.argv[3], on_error="quarantine", batch_size=2, c
 """
 
 
+@pytest.mark.slow
 def test_killed_program_loses_no_failure(tmp_path: Path, source: Path, folder: Folder, registry: Path) -> None:
     out = tmp_path / "out.zarr"
     folder.says(bad=[2, 7, 22], hold=15)
@@ -562,6 +563,7 @@ def client() -> Iterator[Client]:
     os.environ.update(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("client")
 def test_cluster_keeps_the_same(tmp_path: Path, folder: Folder) -> None:
     source = save(tmp_path / "long.zarr", rows(200))

@@ -19,6 +19,7 @@ import dask.config
 import distributed
 from dask.system import cpu_count
 
+from .config import settings
 from .errors import SettingsError
 from .sizes import parse_size
 
@@ -126,7 +127,8 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
                 parse_size(memory_limit, "memory_limit")  # Dask's own error names no setting
             # Dask divides the machine's memory by the workers only where it is not told "auto".
             kwargs["memory_limit"] = memory_limit
-        ours = {"zcinfer": {"jobs": n_workers or cores, "computing": 1}}
+        # All our settings, since the workers take these in the place of what they have.
+        ours = {"zcinfer": {**settings(), "jobs": n_workers or cores, "computing": 1}}
         scratch = kwargs.pop("local_directory", None) or _scratch_directory()
         try:
             super().__init__(

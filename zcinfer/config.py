@@ -66,6 +66,11 @@ def get(key: str) -> Any:
     return value
 
 
+def settings() -> dict[str, Any]:
+    """All settings, as they are in Dask's configuration."""
+    return dict(_dask_config.get("zcinfer"))
+
+
 def local_directory(text: str, what: str) -> Path:
     """Absolute path of a directory given as a path or a ``file://`` URL; other URLs are refused."""
     url = urlsplit(text)
