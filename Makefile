@@ -34,7 +34,7 @@ demo: $(VENV)/.demo ## a real model over real text, on two workers that share on
 test: lint types ## lint, types and all tests
 	@exec $(BIN)/python -m pytest -q $(ARGS)
 
-test-slow: $(VENV)/.test ## the tests that take minutes: hundreds of architectures, a demo ended late
+test-slow: $(VENV)/.timm ## the tests that take minutes: hundreds of architectures, a demo ended late
 	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 bench-load: $(VENV)/.bench ## how long models take to load, beside all other ways; writes benchmarks/results
@@ -130,4 +130,10 @@ $(VENV)/.bench: $(VENV)/.test
 
 $(VENV)/.test: $(VENV)/.demo
 	@$(PIP) install --constraint $(PINS) --editable '.[test]'
+	touch $@
+
+$(VENV)/.timm: $(VENV)/.test requirements-timm.txt
+	@echo "make: installing timm and torchvision into $(VENV)/timm, apart from the rest (see requirements-timm.txt)"
+	rm -rf $(VENV)/timm
+	$(PIP) install --no-deps --target $(VENV)/timm --requirement requirements-timm.txt
 	touch $@
