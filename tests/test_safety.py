@@ -27,7 +27,7 @@ from zcinfer.parts import split
 from zcinfer.store import ModelRef, registry_of
 
 FILE, RAY, READ_ONLY = "file", "ray", "ray, read-only"
-ON_RAY = [pytest.param(kind, marks=pytest.mark.ray) for kind in (RAY, READ_ONLY)]
+ON_RAY = [pytest.param(kind, marks=[pytest.mark.ray, pytest.mark.slow]) for kind in (RAY, READ_ONLY)]
 EVERYWHERE = [FILE, *ON_RAY]
 READ_ONLY_ALONE = ON_RAY[1:]
 

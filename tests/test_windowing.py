@@ -413,6 +413,7 @@ def checksum(segment: Array, spec: Any, first: int) -> tuple[int, float]:
     return len(rows), sum(float(row.sum()) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [2, 32])
 def test_what_is_measured_spilled_and_sent_is_samples(client: Client, overlap: int) -> None:
     here, there = client.scheduler_info()["workers"]

@@ -303,6 +303,7 @@ def client() -> Iterator[Client]:
     os.environ.update(before)
 
 
+@pytest.mark.slow
 def test_cluster_computes_the_same(client: Client, source: Path) -> None:
     w = zc.windows(source, 64, 10, history=1, prepare=differences)
     x = strain(1000)

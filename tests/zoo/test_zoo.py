@@ -111,7 +111,7 @@ def registry_of_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     loading.residents.clear()
 
 
-@pytest.fixture(scope="module", params=["file", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(scope="module", params=["file", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
 def told(request: pytest.FixtureRequest, registry_of_all: Path) -> Iterator[dict[str, dict[str, list[str]]]]:
     """What one other process, in which nobody has put anything, found of each model that it loaded from a store."""
     settings = {"zcinfer.registry": str(registry_of_all), "zcinfer.ray.object-store-memory": "200 MB"}
