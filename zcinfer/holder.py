@@ -121,7 +121,8 @@ class Holder:
 
     def _forget_deleted(self) -> None:
         # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
-        known = {held.registry: Registry(held.registry).digests() for held in self._objects.values()}
+        registries = {held.registry for held in self._objects.values()}
+        known = {registry: Registry(registry).digests() for registry in registries}
         for digest, held in list(self._objects.items()):
             if digest not in known[held.registry]:
                 self.forget(digest)

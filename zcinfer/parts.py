@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -312,5 +312,10 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         pass
-    distributions = metadata.packages_distributions().get(package)
+    distributions = _distributions().get(package)
     return metadata.version(distributions[0]) if distributions else ""
+
+
+@lru_cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()  # a quarter of a second
