@@ -24,7 +24,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo.compare import assert_same, buffer_of, lies_in, named, round_trip, state_of
+from zoo.compare import assert_same, buffer_of, lies_in, round_trip, state_of
+from zoo.facts import named
 from zoo.samples import Tied, Views, convolution, mlp
 
 from zcinfer import skeleton

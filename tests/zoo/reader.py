@@ -16,7 +16,8 @@ from zcinfer.parts import split
 from zcinfer.store import ModelRef
 from zcinfer.stores import open_store
 from zoo import kinds
-from zoo.compare import compared, differences, in_memory
+from zoo.compare import compared, differences
+from zoo.facts import in_memory
 
 
 def told(case: str, ref: ModelRef) -> list[str]:

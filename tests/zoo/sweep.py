@@ -10,7 +10,8 @@ import torch
 from torch.nn import Module
 
 import zcinfer as zc
-from zoo.compare import Facts, differing, named, seed
+from zoo.compare import seed
+from zoo.facts import Facts, differing, named
 
 # What came of an architecture, with the reasons or the differences.
 CameOf = tuple[str, list[str]]

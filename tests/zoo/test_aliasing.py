@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from zcinfer.parts import split
-from zoo.compare import assert_same, facts, named, round_trip
+from zoo.compare import assert_same, round_trip
+from zoo.facts import facts, named
 from zoo.samples import TOKENS, Models, Tied, Views, X, convolution, holding, mlp
 
 

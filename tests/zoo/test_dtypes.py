@@ -11,7 +11,8 @@ from torch import nn
 from torch.ao.nn import quantized
 from torch.ao.nn.quantized import dynamic
 
-from zoo.compare import assert_same, facts, round_trip
+from zoo.compare import assert_same, round_trip
+from zoo.facts import facts
 from zoo.samples import TOKENS, Models, X, mlp
 
 ALL = sorted({dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}, key=str)

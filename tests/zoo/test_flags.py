@@ -11,7 +11,8 @@ from torch import nn
 
 import zcinfer as zc
 from zcinfer.parts import split
-from zoo.compare import assert_same, named, outputs, round_trip
+from zoo.compare import assert_same, outputs, round_trip
+from zoo.facts import named
 from zoo.samples import IMAGE, Models, X, convolution, mlp
 
 

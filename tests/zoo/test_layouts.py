@@ -11,7 +11,8 @@ from torch import nn
 
 from zcinfer.errors import SplitError
 from zcinfer.parts import split
-from zoo.compare import assert_same, facts, round_trip
+from zoo.compare import assert_same, round_trip
+from zoo.facts import facts
 from zoo.samples import IMAGE, Models, Views, X, convolution
 
 

@@ -17,7 +17,8 @@ from zcinfer import catalog, loading
 from zcinfer.parts import join, split
 from zcinfer.publishing import put
 from zoo import kinds
-from zoo.compare import assert_same, buffer_of, compared, filled, in_memory, lies_in, state_of
+from zoo.compare import assert_same, buffer_of, compared, lies_in, state_of
+from zoo.facts import filled, in_memory
 
 PROGRAMS = [case for case in kinds.MODELS if case.startswith("scripted: ")]
 # Torch's loader of programs, and a `__setstate__`, make weights of their own.
