@@ -76,7 +76,7 @@ class Place:
         """Keep it, unless another process was first: then that is returned, so that all use the same."""
         with _lock:
             try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.path.parent.mkdir(mode=0o700, exist_ok=True)  # in the registry, if it can be seen from here
                 with open(self.path.parent / f".{os.getpid()}-{threading.get_ident()}", "x") as file:
                     json.dump(asdict(size), file)
                 try:
@@ -97,7 +97,7 @@ class Place:
             size = replace(found, rows=min(found.rows, ceiling), ceiling=min(found.ceiling, ceiling))
             _known[self.path] = size
             try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.path.parent.mkdir(mode=0o700, exist_ok=True)  # in the registry, if it can be seen from here
                 write_file(self.path, json.dumps(asdict(size)).encode())
             except OSError as error:
                 log.info("the batch size is not kept: %s", error)
