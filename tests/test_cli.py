@@ -47,11 +47,11 @@ def fails():
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Path) -> Path:
-    """The current directory, with models in ``zoo.py``; a registry of its own."""
-    (tmp_path / "zoo.py").write_text(MODELS)
+    """The current directory, with models in ``menagerie.py``; a registry of its own."""
+    (tmp_path / "menagerie.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "zoo", raising=False)
+    monkeypatch.delitem(sys.modules, "menagerie", raising=False)
     monkeypatch.setenv("DASK_ZCINFER__REGISTRY", str(registry))
     monkeypatch.setenv("DASK_ZCINFER__STORE", "file")
     return tmp_path
@@ -132,7 +132,7 @@ def test_version() -> None:
     reason="zcinfer is not installed, so that dask does not know it: pip install -e .",
 )
 def test_dask_has_the_same_commands(here: Path) -> None:
-    call("put", "zoo:build")
+    call("put", "menagerie:build")
     command = [sys.executable, "-m", "dask", "zcinfer", "ls", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -143,7 +143,7 @@ def test_dask_has_the_same_commands(here: Path) -> None:
 
 
 def test_every_process_sees_the_same_models(here: Path) -> None:
-    published = program("put", "zoo:build", "--name", "bert", "--json")
+    published = program("put", "menagerie:build", "--name", "bert", "--json")
     assert published.returncode == 0, published.stderr
     ref = json.loads(published.stdout)
     assert (ref["name"], ref["version"]) == ("bert", 1)
@@ -158,9 +158,9 @@ def test_every_process_sees_the_same_models(here: Path) -> None:
 
 
 def test_put_makes_a_name_and_says_what_it_did(here: Path) -> None:
-    assert call("put", "zoo:build").output.startswith("build@1  ")
-    assert call("put", "zoo:build").output.startswith("build@1  ")
-    assert call("put", "zoo:Zoo.pair", "--name", "pair").output.startswith("pair@1  ")
+    assert call("put", "menagerie:build").output.startswith("build@1  ")
+    assert call("put", "menagerie:build").output.startswith("build@1  ")
+    assert call("put", "menagerie:Zoo.pair", "--name", "pair").output.startswith("pair@1  ")
     assert np.array_equal(zc.predict("pair", rows(), rows()), by_hand(zc.load("pair"), rows(), rows()))
 
 
@@ -293,18 +293,21 @@ def test_run_on_a_cluster_of_another_program(here: Path) -> None:
 WRONG = {
     "model unknown": (["info", "modle"], "no model 'modle'.*Did you mean 'model'"),
     "version unknown": (["info", "model@7"], "no version 7 of 'model'"),
-    "name impossible": (["put", "zoo:build", "--name", "a b"], "'a b' cannot be a model's name"),
+    "name impossible": (["put", "menagerie:build", "--name", "a b"], "'a b' cannot be a model's name"),
     "rm of nothing": (["rm", "nothing"], "no model 'nothing'"),
     "no archive": (["put", "nowhere"], "'nowhere' is neither an archive's directory nor MODULE:OBJECT"),
     "no module": (["put", "nowhere:build"], "no module 'nowhere'"),
     "no module name": (["put", ":build"], "neither an archive's directory nor MODULE:OBJECT"),
-    "relative module": (["put", ".zoo:build"], "neither an archive's directory nor MODULE:OBJECT"),
-    "no object": (["put", "zoo:nothing"], "the module 'zoo' has no 'nothing'"),
-    "no model": (["put", "zoo:number"], "must be a torch.nn.Module, found 'int'"),
+    "relative module": (["put", ".menagerie:build"], "neither an archive's directory nor MODULE:OBJECT"),
+    "no object": (["put", "menagerie:nothing"], "the module 'menagerie' has no 'nothing'"),
+    "no model": (["put", "menagerie:number"], "must be a torch.nn.Module, found 'int'"),
     "not an archive": (["put", "registry"], "was not written|not a complete archive"),
     "run unknown": (["run", "modle", "in.zarr", "out.zarr"], "Did you mean 'model'"),
     "source missing": (["run", "model", "nowhere.zarr", "out.zarr"], "there is no zarr array at nowhere.zarr"),
-    "target foreign": (["run", "model", "in.zarr", "zoo.py"], "zoo.py exists and was not written by zcinfer"),
+    "target foreign": (
+        ["run", "model", "in.zarr", "menagerie.py"],
+        "menagerie.py exists and was not written by zcinfer",
+    ),
     "no source": (["run", "model", "out.zarr"], "give SOURCE and TARGET; or TARGET alone"),
     "too many": (["run", "model", "in.zarr", "out.zarr", "more.zarr"], "give SOURCE and TARGET; or TARGET alone"),
     "source and inputs": (["run", "model", "in.zarr", "out.zarr", "--input", "a=in.zarr"], "or TARGET alone"),
@@ -320,7 +323,7 @@ WRONG_JOB = {
     "model": (["modle", "in.zarr", "out.zarr"], "Did you mean 'model'"),
     "train mode": (["norm", "in.zarr", "out.zarr"], "training='eval'"),
     "source": (["model", "nowhere.zarr", "out.zarr"], "there is no zarr array"),
-    "target": (["model", "in.zarr", "zoo.py"], "not written by zcinfer"),
+    "target": (["model", "in.zarr", "menagerie.py"], "not written by zcinfer"),
     "width": (["model", "wide.zarr", "out.zarr"], r"found .*5.*float32.*Linear"),
     "text": (["model", "text.zarr", "out.zarr"], "which is not numeric"),
     "several outputs": (["twice", "in.zarr", "out.zarr"], "output="),
@@ -367,7 +370,7 @@ def assert_refused(here: Path, arguments: list[str], message: str) -> None:
 
 
 def test_error_of_the_user_s_own_code_keeps_its_traceback(here: Path) -> None:
-    result = CliRunner().invoke(main, ["put", "zoo:fails"])
+    result = CliRunner().invoke(main, ["put", "menagerie:fails"])
     assert isinstance(result.exception, RuntimeError)
 
 
