@@ -34,7 +34,7 @@ demo: $(VENV)/.demo ## a real model over real text, on two workers that share on
 test: lint types ## lint, types and all tests
 	@exec $(BIN)/python -m pytest -q $(ARGS)
 
-test-slow: $(VENV)/.timm ## the tests that take minutes: hundreds of architectures, a demo ended late
+test-slow: $(VENV)/.timm ## the tests that take minutes: hundreds of architectures, whole programs, more ways to die
 	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 bench-load: $(VENV)/.bench ## how long models take to load, beside all other ways; writes benchmarks/results

@@ -269,6 +269,7 @@ def test_run_passes_its_options_on(here: Path, scheduler: str) -> None:
     assert np.array_equal(zarr.load("out.zarr"), rows() / 2)
 
 
+@pytest.mark.slow
 def test_run_on_a_cluster_of_another_program(here: Path) -> None:
     command = [sys.executable, "-m", "zcinfer", "cluster", "--workers", "1", "--port", "0", "--store", "file"]
     environment = os.environ | {"PYTHONPATH": str(Path(zc.__file__).parents[1])}

@@ -33,6 +33,7 @@ class Crowd(nn.Module):
         return torch.full_like(x, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "expected"), [(None, 1), (2, 2)])
 def test_one_thread_of_a_worker_computes(asked: int | None, expected: int) -> None:
     zc.put(Crowd().eval(), "crowd")

@@ -148,8 +148,8 @@ def after_line(text: str) -> Callable[[subprocess.Popen[str]], None]:
     ("number", "moment"),
     [
         (signal.SIGKILL, "start the store"),
-        (signal.SIGKILL, "publish the model"),
-        (signal.SIGTERM, "publish the model"),
+        pytest.param(signal.SIGKILL, "publish the model", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "publish the model", marks=pytest.mark.slow),
         # Late in the demo, when everything runs.
         pytest.param(signal.SIGTERM, "load the model on each", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "load the model on each", marks=pytest.mark.slow),
@@ -165,6 +165,7 @@ def test_a_killed_demo_leaves_nothing(world: World, number: signal.Signals, mome
     assert not (world.directory / "out.zarr").exists()
 
 
+@pytest.mark.slow
 def test_put_in_one_shell_run_in_the_next(world: World) -> None:
     x = store_array(world.directory / "in.zarr")
     world.zcinfer("put", "mymodels:mlp", "--name", "mlp")
@@ -182,6 +183,7 @@ def test_put_in_one_shell_run_in_the_next(world: World) -> None:
     world.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing_of_the_output(world: World) -> None:
     store_array(world.directory / "in.zarr", rows=6000)
     world.zcinfer("put", "mymodels:mlp", "--name", "mlp")
@@ -217,6 +219,7 @@ if __name__ == "__main__":
     world.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_a_model_larger_than_a_workers_limit_runs_without_a_pause(world: World) -> None:
     script = """
 import json, os

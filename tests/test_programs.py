@@ -103,6 +103,7 @@ for program in torch.jit.script(model), torch.export.export(model, (torch.linspa
 """
 
 
+@pytest.mark.slow
 def test_processes_agree_on_digests() -> None:
     found = {
         subprocess.run([sys.executable, "-c", DIGESTS, others], stdout=subprocess.PIPE, check=True).stdout

@@ -181,6 +181,7 @@ def test_an_address_where_nothing_answers_is_refused_in_time(address: str, tmp_p
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_server_that_is_no_ray_is_refused_in_time(tmp_path: Path) -> None:
     script = """
