@@ -18,6 +18,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_program_runs_as_it_stands(tmp_path: Path) -> None:
     (program,) = blocks("python")

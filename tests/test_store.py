@@ -199,6 +199,7 @@ sys.stdout.flush()
     assert float(run(script)) < 10
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_dead_raylet_is_told_in_time_and_the_archive_serves(tmp_path: Path) -> None:
     script = """
@@ -228,6 +229,7 @@ print(loading.loads[-1].store, time.monotonic() - begin, torch.equal(kept.weight
     assert float(seconds) < 20
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_process_moves_from_one_ray_to_another(ray_store: Store) -> None:
     digest = put(ray_store, model(), "moves")
