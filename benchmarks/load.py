@@ -41,13 +41,15 @@ import zcinfer as zc
 from benchmarks.measure import bars, forked, interleaved, machine, milliseconds, summary, table, write
 from benchmarks.models import SUBJECTS, small_bert
 from benchmarks.zerocopy2021 import extract, replace, replace_directly
-from zcinfer import loading, stores
+from zcinfer import loading, parts, stores
 from zcinfer.memory import process_memory
 
 RAY, FILE = "zcinfer, Ray store", "zcinfer, file store"
 RAY_VARIANT, FILE_VARIANT = "zcinfer, Ray store, variant of a base", "zcinfer, file store, variant of a base"
 METHOD, METHOD_DIRECT = "method of 2021", "method of 2021, set directly"
 PRETRAINED = "from_pretrained"
+TORCH, TORCH_MMAP, META = "torch.load", "torch.load(mmap=True)", "meta + safetensors"
+WITHOUT_RAY = (FILE, FILE_VARIANT, PRETRAINED, TORCH, TORCH_MMAP, META)
 VARIANTS = 50
 # The bars, for the model that they are for.
 MODEL, WARM, COLD, PRETRAINED_BOTH, RESIDENT_US, PRIVATE, PUT = "BERT-base", 2.5, 1.8, 40, 20, 2e6, 3
@@ -193,15 +195,22 @@ def publish_variants(_: str, directory: Path) -> dict[str, Any]:
 # The readers: processes forked for each measurement.
 
 
-def readers(forms: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
-    """Each way to load the model, in a process that is connected to Ray and has asked for nothing yet."""
+def readers(forms: Mapping[str, Any], only: str | None = None) -> dict[str, Callable[[], nn.Module]]:
+    """Each way to load the model, in a process that is connected to Ray and has asked for nothing yet.
+
+    For ``only`` one of them, the process is as its users have it: in Ray where that way needs Ray, and not otherwise.
+    """
     name, directory = forms["name"], Path(forms["directory"])
     subject, ref = SUBJECTS[name], forms["ref"]
     variant = forms["variant_ref"]
     file_ref, file_variant = (dataclasses.replace(r, store=f"file:{directory}/registry") for r in (ref, variant))
-    for url in (ref.store, file_ref.store):
-        stores.open_store(url)
-    objects = ray.cloudpickle.loads(forms["objects"])
+    objects: dict[str, Any] = {}
+    if only not in WITHOUT_RAY:
+        if only not in (None, RAY, RAY_VARIANT):
+            parts.warm_up = int  # type: ignore[assignment]  # ray.init() of others does nothing of the kind
+        stores.open_store(ref.store)
+        objects = ray.cloudpickle.loads(forms["objects"])
+    stores.open_store(file_ref.store)
 
     def meta_and_safetensors() -> nn.Module:
         with torch.device("meta"):
@@ -219,10 +228,10 @@ def readers(forms: Mapping[str, Any]) -> dict[str, Callable[[], nn.Module]]:
         METHOD: lambda: replace(*ray.get(objects["arrays"])),
         METHOD_DIRECT: lambda: replace_directly(*ray.get(objects["arrays"])),
         "ray-zerocopy": lambda: objects["ray-zerocopy"].load(),
-        "torch.load(mmap=True)": lambda: torch.load(directory / "model.pt", weights_only=False, mmap=True),
-        "meta + safetensors": meta_and_safetensors,
+        TORCH_MMAP: lambda: torch.load(directory / "model.pt", weights_only=False, mmap=True),
+        META: meta_and_safetensors,
         PRETRAINED: lambda: getattr(transformers, subject.pretrained).from_pretrained(directory / "pretrained").eval(),
-        "torch.load": lambda: torch.load(directory / "model.pt", weights_only=False),
+        TORCH: lambda: torch.load(directory / "model.pt", weights_only=False),
         "Ray's zero-copy tensors": lambda: ray.get(objects["tensors"]),
         "ray.get(model)": lambda: ray.get(objects["model"]),
     }
@@ -296,7 +305,7 @@ def quiet() -> None:
 
 
 def first_load(forms: Mapping[str, Any], way: str) -> dict[str, float]:
-    load = readers(forms)[way]
+    load = readers(forms, way)[way]
     begin = perf_counter()
     model = load()
     loaded = perf_counter()
@@ -306,7 +315,7 @@ def first_load(forms: Mapping[str, Any], way: str) -> dict[str, float]:
 
 def touched(forms: Mapping[str, Any], way: str) -> dict[str, int]:
     """Private and shared bytes that a load costs, with every byte of the weights read."""
-    load = readers(forms)[way]
+    load = readers(forms, way)[way]
     before = process_memory()
     model = load()
     for tensor in (*model.parameters(), *model.buffers()):

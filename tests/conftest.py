@@ -9,8 +9,10 @@ from pathlib import Path
 import dask
 import psutil
 import pytest
+from distributed import Client
 from processes import living, orphaned_shared_memory, wait_until
 
+import zcinfer as zc
 from zcinfer import catalog, loading
 
 
@@ -53,3 +55,13 @@ def registry(tmp_path: Path) -> Iterator[Path]:
         yield directory
         catalog.disconnect()
         loading.residents.clear()
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    """A cluster of two workers; the environment that its Ray sets goes with it."""
+    before = dict(os.environ)
+    with zc.LocalCluster(n_workers=2) as cluster, cluster.get_client() as client:
+        yield client
+    os.environ.clear()
+    os.environ.update(before)

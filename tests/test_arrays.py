@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -505,15 +504,6 @@ def test_blocks_of_other_lengths_than_announced_are_refused() -> None:
 
 
 # On a cluster
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    before = dict(os.environ)
-    with zc.LocalCluster(n_workers=1) as cluster, cluster.get_client() as client:
-        yield client
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_cluster_computes_the_same(client: Client) -> None:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import zarr
 from click.testing import CliRunner
 from dask.base import tokenize
-from distributed import Client
+from numbered import BLOCK, ROWS, read, rows, save
 from processes import wait_until
 from torch import nn
 
@@ -35,7 +34,7 @@ from zcinfer.rows import rows_of
 
 pytestmark = pytest.mark.usefixtures("registry")
 
-ROWS, BLOCK, BATCH = 23, 5, 2
+BATCH = 2
 
 
 class Picky(nn.Module):
@@ -86,29 +85,13 @@ def folder(tmp_path: Path) -> Folder:
     return folder
 
 
-def rows(count: int = ROWS) -> np.ndarray:
-    x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    x[:, 0] = np.arange(count)
-    return x
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return save(tmp_path / "in.zarr", rows())
 
 
-def save(path: Path, x: np.ndarray) -> Path:
-    zarr.create_array(str(path), shape=x.shape, dtype=x.dtype, chunks=(BLOCK, *x.shape[1:]))[...] = x
-    return path
-
-
 def run(source: Any, target: Path, on_error: str = "nan", model: str = "picky", **settings: Any) -> Report:
     return zc.run(model, source, target, on_error=on_error, batch_size=BATCH, progress=False, **settings)
-
-
-def read(path: Path) -> np.ndarray:
-    found: np.ndarray = zarr.open_array(str(path), mode="r")[...]  # type: ignore[assignment]
-    return found
 
 
 def plain(folder: Folder, x: np.ndarray) -> np.ndarray:
@@ -552,15 +535,6 @@ def test_command_line(
     report = json.loads(call("--on-error", "nan", "--json", code=0).splitlines()[-1])
     assert (report["failed"], report["checked"], report["nonfinite"]) == ([7], 4, [])
     assert "on_error='raise' allows none" in call(code=1)
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    before = dict(os.environ)
-    with zc.LocalCluster(n_workers=2) as cluster, cluster.get_client() as client:
-        yield client
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.slow

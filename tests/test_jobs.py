@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 import torch
 import zarr
 from distributed import Client
+from numbered import BLOCK, ROWS, read, rows, save
 from processes import wait_until
 from torch import nn
 
@@ -33,7 +34,6 @@ from zcinfer.writing import write
 
 pytestmark = pytest.mark.usefixtures("registry")
 
-ROWS, BLOCK = 23, 5
 BLOCKS = (5, 5, 5, 5, 3)
 
 
@@ -104,21 +104,9 @@ def script(tmp_path: Path) -> Script:
     return script
 
 
-def rows(count: int = ROWS) -> np.ndarray:
-    x = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
-    x[:, 0] = np.arange(count)
-    return x
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return save(tmp_path / "in.zarr", rows())
-
-
-def save(path: Path, x: np.ndarray, **options: Any) -> Path:
-    chunks = options.pop("chunks", (BLOCK, *x.shape[1:]))
-    zarr.create_array(str(path), shape=x.shape, dtype=x.dtype, chunks=chunks, **options)[...] = x
-    return path
 
 
 def linear() -> nn.Module:
@@ -139,13 +127,6 @@ def by_hand(model: nn.Module, *inputs: np.ndarray, blocks: tuple[int, ...] = BLO
 
 def run(*arguments: Any, **settings: Any) -> Report:
     return zc.run(*arguments, progress=False, **settings)
-
-
-def read(path: Path) -> np.ndarray:
-    array = zarr.open_array(str(path), mode="r")
-    assert array.metadata.zarr_format == 3
-    found: np.ndarray = array[...]  # type: ignore[assignment]
-    return found
 
 
 # What it computes
@@ -635,15 +616,6 @@ def test_damaged_chunk_of_the_source_names_the_block(tmp_path: Path, source: Pat
 
 
 # On a cluster
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    before = dict(os.environ)
-    with zc.LocalCluster(n_workers=2) as cluster, cluster.get_client() as client:
-        yield client
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from distributed import Client
 from torch import nn
 from zarr.storage import FsspecStore, MemoryStore
 
@@ -522,15 +521,6 @@ def test_source_in_the_place_of_the_target_is_refused(tmp_path: Path, place: str
 
 
 # On a cluster
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    before = dict(os.environ)
-    with zc.LocalCluster(n_workers=2) as cluster, cluster.get_client() as client:
-        yield client
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.usefixtures("client")

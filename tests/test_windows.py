@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -292,15 +291,6 @@ def test_job_refuses_its_source_as_target_and_numpy(source: Path) -> None:
 
 
 # On a cluster
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    before = dict(os.environ)
-    with zc.LocalCluster(n_workers=2) as cluster, cluster.get_client() as client:
-        yield client
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def _prepared(
         except ZcinferError:
             raise
         except Exception:
-            pass
+            pass  # preprocess may refuse zeros and take real rows: these decide
     try:
         return call.prepare(real(), keywords)
     except ZcinferError:

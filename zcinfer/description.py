@@ -191,13 +191,11 @@ class Description:
     def from_json(cls, value: dict[str, Any], check: bool = True) -> Description:
         """Inverse of ``dataclasses.asdict`` over JSON; checked unless it was before."""
         try:
-            tensors = (TensorSpec(t[0], t[1], t[2], tuple(t[3]), tuple(t[4]), *t[5:]) for t in value["tensors"])
-            storages = (StorageSpec(*s) for s in value["storages"])
             described = cls(
                 **{
                     **value,
-                    "tensors": tuple(tensors),
-                    "storages": tuple(storages),
+                    "tensors": tuple(map(TensorSpec._make, map(_with_tuples, value["tensors"]))),
+                    "storages": tuple(map(StorageSpec._make, value["storages"])),
                     "training": tuple(value["training"]),
                     "requires": dict(value["requires"]),
                     "private": tuple((str(what), int(nbytes)) for what, nbytes in value["private"]),
@@ -221,6 +219,11 @@ class Description:
             _check(self)
         except (TypeError, KeyError, ValueError, IndexError, OverflowError) as error:
             raise ArchiveError(f"the description of the model is malformed: {error}") from error
+
+
+def _with_tuples(spec: list[Any]) -> list[Any]:
+    spec[3:5] = map(tuple, spec[3:5])  # size and stride
+    return spec
 
 
 def _check(description: Description) -> None:

@@ -198,10 +198,12 @@ def join_fake(skeleton: bytes, description: Description) -> torch.nn.Module:
 def warm_up() -> None:
     """Split and join a small module: what a process pays for its first load, and for no other, is paid here.
 
-    Two milliseconds: torch's code that is not in the page tables yet, memory that is nobody's alone yet.
+    Four milliseconds: torch's code that is not in the page tables yet; memory that is not there yet, or that a forked
+    process has to copy first. A page costs microseconds at its first use, and a model of 200 tensors takes 300 pages.
     """
     parts = split(torch.nn.Sequential(*(torch.nn.LayerNorm(8) for _ in range(20))))
     join(parts.skeleton, parts.description, bytearray(b"".join(parts.pieces())))
+    _ = [torch.empty(0, requires_grad=True) for _ in range(400)], [bytes(400) for _ in range(4000)]
 
 
 def _joined(

@@ -13,11 +13,13 @@ import contextlib
 import logging
 import os
 import pickle
+import queue
 import select
 import socket
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -82,7 +84,6 @@ class RayStore:
         self._raylet: int | None = None
         self._mapped: weakref.WeakValueDictionary[str, _Object] = weakref.WeakValueDictionary()
         self._kept: dict[str, tuple[float, _Object]] = {}
-        self._timer: threading.Timer | None = None
         self._keeping = threading.Lock()
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
@@ -101,14 +102,11 @@ class RayStore:
             from .parts import warm_up
 
             warm_up()
-        self._closing, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._bell, self._wake = os.pipe2(os.O_CLOEXEC)
         if raylet is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._raylet = os.pidfd_open(raylet)
-                watch = threading.Thread(
-                    target=self._watch, args=(self._raylet,), daemon=True, name="zcinfer-raylet-watch"
-                )
-                watch.start()
+        threading.Thread(target=self._watch, args=(self._raylet,), daemon=True, name="zcinfer-ray-watch").start()
 
     @classmethod
     def start(cls, registry: Registry) -> RayStore:
@@ -184,19 +182,25 @@ class RayStore:
         )
         return usage
 
-    def _watch(self, raylet: int) -> None:
-        """Leave Ray the moment its raylet dies: Ray may end a process that stays connected."""
+    def _watch(self, raylet: int | None) -> None:
+        """Leave Ray the moment its raylet dies, since Ray may end a process that stays; let go of what is kept."""
         poll = select.poll()
-        poll.register(raylet, select.POLLIN)
-        poll.register(self._closing, select.POLLIN | select.POLLHUP)
-        if any(descriptor == raylet for descriptor, _ in poll.poll()):
+        poll.register(self._bell, select.POLLIN)
+        if raylet is not None:
+            poll.register(raylet, select.POLLIN)
+        found: dict[int, int] = {}
+        while self._wake >= 0 and raylet not in found:
+            found = dict(poll.poll(self._let_go()))
+            if self._bell in found:
+                os.read(self._bell, 64)
+        if raylet in found:
             self._lost.set()
             # Also how it looks when another program ends the Ray it has started: nothing to be alarmed by.
             log.info("the raylet of Ray at %s is gone; models that are loaded stay so", self.address)
             self._session.leave(self._timeout)
         self._raylet = None
-        os.close(raylet)
-        os.close(self._closing)
+        for descriptor in (self._bell, *(() if raylet is None else (raylet,))):
+            os.close(descriptor)
 
     def _check_raylet(self) -> None:
         """Notice a raylet that has just died: Ray ends a process that then asks it for anything."""
@@ -212,11 +216,11 @@ class RayStore:
             self._session.copy_loaded()
         self._lost.set()
         with self._keeping:
-            if self._timer is not None:
-                self._timer.cancel()
             self._kept.clear()
-        with contextlib.suppress(OSError):
-            os.close(self._wake)
+            wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.write(wake, b"\0")  # a forked process may have it open, too
+            os.close(wake)
         self._session.leave(self._timeout)
         if self._own is not None:
             self._own.stop()
@@ -224,24 +228,18 @@ class RayStore:
     def _keep(self, digest: str, found: _Object) -> None:
         """Keep an object for some seconds more: who has loaded a model and dropped it often loads it again."""
         with self._keeping:
+            if not self._kept and self._wake >= 0:
+                os.write(self._wake, b"\0")
             self._kept[digest] = monotonic(), found
-            if self._timer is None:
-                self._let_go_in(KEPT)
 
-    def _let_go_in(self, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, self._let_go)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _let_go(self) -> None:
+    def _let_go(self) -> float | None:
+        """Drop what was kept long enough; milliseconds until there is more to drop, None where nothing is kept."""
+        now = monotonic()
         with self._keeping:
-            now = monotonic()
-            # Each object is dropped outside the lock, by the end of this function.
             late = [self._kept.pop(digest) for digest, (since, _) in list(self._kept.items()) if now - since >= KEPT]
-            self._timer = None
-            if self._kept:
-                self._let_go_in(min(since for since, _ in self._kept.values()) + KEPT - now + 0.01)
-        del late
+            next_one = min((since for since, _ in self._kept.values()), default=None)
+        del late  # outside the lock: to drop an object takes time
+        return None if next_one is None else max(0.0, next_one + KEPT - now) * 1e3 + 1
 
     def _get(self, digest: str, offer: tuple[Head, Any] | None) -> _Object:
         if offer is not None:
@@ -287,7 +285,7 @@ class RayStore:
             )
         result, error = outcome
         if error is None:
-            return result  # type: ignore[return-value]
+            return result  # type: ignore[no-any-return]
         cause = getattr(error, "cause", None)
         ours = cause if isinstance(cause, ZcinferError) else error
         if isinstance(ours, ZcinferError):
@@ -449,20 +447,55 @@ def _read(head: bytes) -> Head:
     return description, skeleton
 
 
-def _join_within(seconds: float, function: Callable[[], T]) -> tuple[T | None, BaseException | None] | None:
-    """Result or exception of a call, or None when it has not returned in time; its thread is then left behind."""
-    outcome: list[tuple[T | None, BaseException | None]] = []
+Outcome = tuple[Any, BaseException | None]
 
-    def call() -> None:
+
+class _Caller:
+    """A thread that makes calls for others, who need not wait for ever."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Outcome]]] = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True, name="zcinfer-ray-call").start()
+
+    def ask(self, function: Callable[[], Any], seconds: float) -> Outcome | None:
+        """Result or exception of a call; None when it has not returned in time, and this thread is no more of use."""
+        answer: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._calls.put((function, answer))
         try:
-            outcome.append((function(), None))
-        except BaseException as error:  # a released ray.get raises SystemExit, which must not end the caller
-            outcome.append((None, error))
+            return answer.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            self._calls.put((sys.exit, answer))  # should it ever come back
+            return None
 
-    thread = threading.Thread(target=call, daemon=True, name="zcinfer-ray-call")
-    thread.start()
-    thread.join(seconds)
-    return outcome[0] if outcome else None
+    def _serve(self) -> None:
+        while True:
+            function, answer = self._calls.get()
+            if function is sys.exit:
+                return
+            try:
+                outcome: Outcome = function(), None
+            except BaseException as error:  # a released ray.get raises SystemExit, which must not end the caller
+                outcome = None, error
+            answer.put(outcome)
+            # What it returned or raised is not to live until the next call.
+            del function, answer, outcome
+
+
+# Threads that wait for calls: a new one takes as long as a call.
+_callers: deque[_Caller] = deque()
+os.register_at_fork(after_in_child=_callers.clear)
+
+
+def _join_within(seconds: float, function: Callable[[], Any]) -> Outcome | None:
+    """Result or exception of a call, or None when it has not returned in time; its thread is then left behind."""
+    try:
+        caller = _callers.pop()
+    except IndexError:
+        caller = _Caller()
+    outcome = caller.ask(function, seconds)
+    if outcome is not None:
+        _callers.append(caller)
+    return outcome
 
 
 def _first_line(error: BaseException) -> str:

@@ -210,9 +210,7 @@ class Windows:
         InputError
             Lengths that do not add up to the number of windows.
         """
-        lengths = self._lengths(rows)
-        firsts = np.cumsum([0, *lengths])[:-1].tolist()
-        return tuple(self.spec.block(first, length) for first, length in zip(firsts, lengths, strict=True))
+        return tuple(map(self.spec.block, *self._places(rows)))
 
     def segments(self, rows: int | Sequence[int] | None = None) -> da.Array:
         """The samples of each block, lazily, as the chunks of one array.
@@ -268,8 +266,7 @@ class Windows:
         dask.array.Array
             ``(rows, ...)``; blocks are read-only views.
         """
-        found, lengths = self.segments(rows), self._lengths(rows)
-        firsts = np.cumsum([0, *lengths])[:-1].tolist()
+        found, (firsts, lengths) = self.segments(rows), self._places(rows)
         every = range(1, self.ndim)
         # The blocks of rows are the chunks along the axis; all other axes have one chunk, and are not the result's.
         axes = tuple(0 if a == self.axis else self.ndim + a for a in range(found.ndim))
@@ -296,6 +293,11 @@ class Windows:
         if sum(rows) != len(self):
             raise InputError(f"there are {len(self):,} windows, and {sum(rows):,} rows beside them")
         return tuple(int(n) for n in rows)
+
+    def _places(self, rows: int | Sequence[int] | None) -> tuple[list[int], tuple[int, ...]]:
+        """First window and number of windows of each block."""
+        lengths = self._lengths(rows)
+        return np.cumsum([0, *lengths])[:-1].tolist(), lengths
 
     def _rows_of_a_chunk(self) -> int:
         chunk = max(self.source.chunks[self.axis]) if self.is_lazy else self.length
