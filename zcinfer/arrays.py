@@ -287,7 +287,7 @@ def _lazy(model: BlockModel, inputs: Sequence[Any]) -> Any:
         pairs += [array, tuple(0 if axis == blocks_along else next(axes) for axis in range(array.ndim))]
     options = {"align_arrays": False, "batch_rows": bound.planned(row_chunks)}
     name = "predict-" + _token(bound, arrays, expansions)
-    function = partial(_run_block, bound, expansions)
+    function = partial(_run_block, bound.of_job(name), expansions)
 
     def layer(function: Callable[..., Any], output: Rows, *pairs: Any, **options: Any) -> Any:
         new = {next(axes): length for length in output.shape}

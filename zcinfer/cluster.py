@@ -21,6 +21,7 @@ from dask.system import cpu_count
 
 from .config import settings
 from .errors import SettingsError
+from .observer import Observer
 from .sizes import parse_size
 
 LOOPBACK = "127.0.0.1"
@@ -100,6 +101,10 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
             for name in ("distributed.nanny", "distributed.scheduler"):  # that they are lost is no news
                 logging.getLogger(name).setLevel(logging.CRITICAL)
         super().__exit__(kind, *error)
+
+    async def _start(self) -> None:
+        await super()._start()
+        await self.scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
 
     def __init__(
         self,

@@ -27,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "jobs": 1,
     # Threads of a process that compute at a time; None: as many as there are cores for
     "computing": None,
+    # Count what is done and where the time goes
+    "telemetry": True,
     "ray": {
         # Address of a running Ray; None: $RAY_ADDRESS, else a private one is started
         "address": None,

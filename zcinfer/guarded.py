@@ -99,10 +99,12 @@ class Guarded(Predictor):
             begin = first + start if numbers is None else first
             return plain([block[start:stop] for block in blocks], where, begin, batch_rows, some)
 
-        if self.guard.on_error == "raise":
-            found: Salvage[Any] = Salvage([(0, rows, compute(0, rows))], [])
-        else:
-            found = self._salvage(compute, rows, batch_rows or rows, where, first)
+        # One block, however many parts it is computed in
+        with self.counted(blocks, where):
+            if self.guard.on_error == "raise":
+                found: Salvage[Any] = Salvage([(0, rows, compute(0, rows))], [])
+            else:
+                found = self._salvage(compute, rows, batch_rows or rows, where, first)
         bad = [failed.start for failed in found.failed if not failed.together]
         record: dict[str, Any] = {}
         if found.failed:

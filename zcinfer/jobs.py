@@ -13,6 +13,7 @@ from typing import Any
 import dask.array as da
 from dask import compute
 
+from . import telemetry
 from .arrays import predict
 from .catalog import ready
 from .errors import InputError, SettingsError
@@ -164,6 +165,7 @@ class Job:
         settings["keywords"] = tuple(opened) if self.named else ()
         predictor = Guarded(guard, [*opened], model, **settings) if guard.watches else Predictor(model, **settings)
         inputs = list(self.arrays.values())
+        predictor.job = telemetry.Job("", f"{predictor.ref} into {self.place.path.name}")
         self.predictor = predictor.bind([rows_of(a) for a in inputs], lambda: [first_rows(a) for a in inputs])
         if self.predictor.several:
             raise SettingsError("a job writes one array, and several outputs were asked for: run one job for each")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import config
+from . import config, telemetry
 from .description import Bytes
 from .errors import SettingsError, StoreUnavailable
 from .parts import join
@@ -133,9 +133,16 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
     private = len(fetched.skeleton)
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
+    telemetry.count_load(str(ref), _kind(store, ref, shared, private), seconds, shared, private)
     if read_only:
         _tell_read_only(ref)
     return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only)
+
+
+def _kind(store: Store, ref: ModelRef, shared: int, private: int) -> str:
+    if store.url.partition(":")[0] != ref.store.partition(":")[0]:
+        return "from disk"
+    return "private" if private > shared else "zero-copy"
 
 
 # Stores whose models are known to be read-only here.
@@ -187,6 +194,7 @@ class Resident:
     """A module built in this process, and what tells whether it has been written to since."""
 
     def __init__(self, ref: ModelRef, device: str, training: str):
+        self.name = str(ref)
         self.model, self._buffers, read_only = _load(ref, device)
         # The copies that it then has of small tensors and buffers are no mapping, which would tell of writes to them.
         self.is_watched = not read_only or device_of(device).type != "cpu"
@@ -258,6 +266,8 @@ class Residents:
                 self._free.pop(key, None)
         if resident is None:
             resident = Resident(ref, device, training)
+        else:
+            telemetry.count_hit(str(ref))
         # Not given back after an exception: what it left half-done is not known.
         yield resident.model
         if not resident.is_watched:
@@ -270,13 +280,14 @@ class Residents:
                     "block, so that results do not depend on the order of blocks",
                     ref,
                 )
+            telemetry.count_evicted(str(ref))
             return
         with self._lock:
             self._free.setdefault(key, []).append(resident)
             self._free.move_to_end(key)
             while sum(map(len, self._free.values())) > self.limit:
                 oldest = next(iter(self._free))
-                self._free[oldest].pop()
+                telemetry.count_evicted(self._free[oldest].pop().name)
                 if not self._free[oldest]:
                     del self._free[oldest]
 

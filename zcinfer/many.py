@@ -39,6 +39,10 @@ class Ensemble:
         """The ensemble for inputs of these row shapes and dtypes."""
         return Ensemble([predictor.bind(inputs, sample) for predictor in self.predictors])
 
+    def of_job(self, key: str) -> Ensemble:
+        """The ensemble whose blocks are counted for the job of that key."""
+        return Ensemble([predictor.of_job(key) for predictor in self.predictors])
+
     @property
     def outputs(self) -> tuple[Rows, ...]:
         """Of all models, one after the other."""
@@ -104,6 +108,10 @@ class Switch:
                     "them with postprocess="
                 )
         return bound
+
+    def of_job(self, key: str) -> Switch:
+        """The switch whose blocks are counted for the job of that key."""
+        return Switch({label: predictor.of_job(key) for label, predictor in self.predictors.items()})
 
     @property
     def outputs(self) -> tuple[Rows, ...]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from . import telemetry
 from .batches import Index, Lengths, cut, in_halves, mask_of, name_of
 from .binding import Binding, find_binding, finished, input_name
 from .calling import Call
@@ -30,10 +32,12 @@ from .probing import explain
 from .rows import Array, Rows, as_block, first_rows, rows_of, to_tensor
 from .sizes import format_size
 from .store import ModelRef
+from .telemetry import PHASES, Clock, Job
 from .tuning import Place, Size, device_name, is_out_of_memory, jobs_here, measure, memory_budget
 
 log = logging.getLogger("zcinfer")
 
+_MODEL, _PREPARING, _TO_DEVICE, _WAITING, _COMPUTING, _FROM_DEVICE = range(PHASES.index("model"), len(PHASES) - 1)
 
 # Where it does not pay to measure, "auto" goes by the bytes of a row: activations grow with them.
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
@@ -120,6 +124,7 @@ class Predictor:
         self.device = device
         self.sort_by = sort_by
         self.keywords = tuple(keywords)
+        self.job: Job | None = None
         self.binding: Binding | None = None
         self._found: dict[tuple[Any, ...], Binding] = {}
         description, _ = describe(self.ref)
@@ -175,6 +180,17 @@ class Predictor:
         bound = copy.copy(self)
         bound.binding = self._found[key]
         return bound
+
+    @property
+    def counted_as(self) -> Job:
+        """The job that its blocks are counted for; calls that are part of none are one."""
+        return self.job or Job(f"call-{self.ref.digest[:12]}", str(self.ref))
+
+    def of_job(self, key: str) -> Predictor:
+        """The predictor whose blocks are counted for the job of that key."""
+        counted = copy.copy(self)
+        counted.job = Job(key, self.counted_as.name)
+        return counted
 
     @property
     def outputs(self) -> tuple[Rows, ...]:
@@ -361,8 +377,15 @@ class Predictor:
         if lengths[0] > 0:
             if batch_rows is None:
                 batch_rows = bound._batch_rows(lengths[0])
-            bound._fill(results, blocks, batch_rows, partial(self._span, where, first_row, numbers))
+            with self.counted(blocks, where, sum(result.nbytes for result in results)) as clock:
+                bound._fill(results, blocks, batch_rows, partial(self._span, where, first_row, numbers), clock)
         return tuple(results) if binding.several else results[0]
+
+    def counted(self, blocks: Sequence[Array], where: str, nbytes: int = 0) -> AbstractContextManager[Clock]:
+        """Context in which a block is computed, of which ``nbytes`` come out; yields its clock."""
+        return telemetry.block(
+            self.counted_as, str(self.ref), where, len(blocks[0]), sum(b.nbytes for b in blocks), nbytes
+        )
 
     def _batch_rows(self, rows: int) -> int:
         measured = self.batch_size == "auto" and self._is_worth_measuring(rows)
@@ -374,7 +397,14 @@ class Predictor:
             return f"{where}, of {self.ref}"
         return f"{where}, rows {name_of(rows if numbers is None else numbers[rows], first_row)}, of {self.ref}"
 
-    def _fill(self, results: list[Array], blocks: Sequence[Array], batch_rows: int, name: Callable[..., str]) -> None:
+    def _fill(
+        self,
+        results: list[Array],
+        blocks: Sequence[Array],
+        batch_rows: int,
+        name: Callable[..., str],
+        clock: Clock,
+    ) -> None:
         """Run the model on all rows of a block, batch by batch."""
         device = self._device()
         place = self._place(device)
@@ -382,6 +412,7 @@ class Predictor:
         order = lengths.order if lengths is not None else None
         try:
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
+                clock.lap(_MODEL)
                 for rows in cut(len(blocks[0]), batch_rows, order):
                     span = name(rows)
                     try:
@@ -389,25 +420,39 @@ class Predictor:
                         trimmed = None
                         if lengths is not None:
                             batch, trimmed = lengths.trimmed(batch, rows)
-                        outputs = self._in_memory(partial(self._run, model, device, trimmed), batch, place, span)
+                        run = partial(self._run, model, device, trimmed, clock)
+                        outputs = self._in_memory(run, batch, place, span, clock)
                     except Exception as error:
                         raise BlockError(f"{span}: {explain(error)}") from error
                     for result, output in zip(results, outputs, strict=True):
                         result[rows] = output
+                    clock.lap(_FROM_DEVICE)
         except ZcinferError:
             raise
         except Exception as error:
             raise BlockError(f"{name()}: it cannot be used on {device}: {explain(error)}") from error
 
     def _run(
-        self, model: torch.nn.Module, device: torch.device, trimmed: tuple[int, int] | None, batch: Sequence[Array]
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        trimmed: tuple[int, int] | None,
+        clock: Clock,
+        batch: Sequence[Array],
     ) -> list[Array]:
         """One forward: outputs as they go out."""
         binding = self._bound()
+        clock.batches += 1
         prepared, names = self.call.prepare(batch, self.keywords)
+        clock.lap(_PREPARING)
         tensors = [to_tensor(a, cast, str(device)) for a, cast in zip(prepared, binding.casts, strict=True)]
+        clock.lap(_TO_DEVICE)
         with computing():
+            clock.lap(_WAITING)
             outputs = self.call.forward(model, tensors, names)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # what comes next waits for it in any case
+        clock.lap(_COMPUTING)
         return finished(self.call, binding, outputs, len(batch[0]), trimmed)
 
     def _in_memory(
@@ -416,12 +461,14 @@ class Predictor:
         batch: Sequence[Array],
         place: Place,
         span: str,
+        clock: Clock,
     ) -> list[Array]:
         """Run a batch, in halves where it runs out of memory; how many rows were too many is remembered."""
 
         def told(rows: int) -> None:
             log.warning("%s: %d rows do not fit into memory, halves of them are tried", span, rows)
             place.lower(rows // 2)
+            clock.halved += 1
 
         known = place.known()
         most = known.ceiling if known is not None else len(batch[0])

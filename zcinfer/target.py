@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from . import telemetry
 from .archive import write_file
 from .config import local_directory
 from .errors import BlockError, OutputError
@@ -157,13 +158,16 @@ class Target:
             ) from error
 
 
-def write_block(number: int, block: Any, path: str, token: str, block_rows: int) -> Any:
-    """Runs in a worker: write one block, which is whole chunks, then mark it as done; returns its rows, ``(1,)``."""
+def write_block(number: int, block: Any, path: str, token: str, block_rows: int, before: int = 0) -> Any:
+    """Runs in a worker: write one block, which is whole chunks, then mark it as done; returns its rows, ``(1,)``.
+
+    ``before`` is for who follows the job: the number of blocks that an earlier run has done.
+    """
     block = only(block)
     outcome = block if isinstance(block, Outcome) else Outcome(block)
     block = outcome.result
     try:
-        with _sharing(Path(path), token):
+        with telemetry.writing(f"block {number}"), _sharing(Path(path), token):
             array = _open_target(path, token)
             rows = slice(number * block_rows, number * block_rows + len(block))
             _refuse_parts(array, rows, number)

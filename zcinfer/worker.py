@@ -1,7 +1,8 @@
 """What a Dask worker needs to read shared models: ``dask worker --preload zcinfer.worker``, and `LocalCluster` itself.
 
 For: memory limits that count what a worker has to itself. A model in shared memory is resident in every worker
-that reads it, and Dask would spill, pause and restart each of them for it. Not for: models, devices, counters.
+that reads it, and Dask would spill, pause and restart each of them for it. And for counters (`telemetry`), which ride
+on the heartbeat. Not for: models, devices.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import logging
 import pickle
 import signal
 import sys
+import time
 from typing import Any
 
 from distributed import NannyPlugin, Status
 from distributed.worker_memory import NannyMemoryManager
 
+from . import telemetry
 from .memory import process_memory
+
+# Seconds for which a heartbeat tells of a job after its last block
+TOLD = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ def dask_setup(worker: Any) -> None:
     A worker with a nanny also leaves Ctrl-C to it. Dask calls this in every worker process that starts with this
     preload, and again after each restart of the worker.
     """
+    worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD)
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
         return

@@ -90,7 +90,7 @@ def write(
         rows_done = sum(lengths[number] for number in done)
         with Progress(label, array.shape[0], rows_done, quiet=not progress) as bar:
             if missing:
-                written = _written(array, place)
+                written = _written(array, place, len(done))
                 for number in compute_each(written.blocks[missing], missing):
                     bar.add(lengths[number])
                     record = read_record(place.partial, number) if guard.watches else None
@@ -103,12 +103,12 @@ def write(
         return report(len(missing))
 
 
-def _written(array: da.Array, place: Target) -> da.Array:
+def _written(array: da.Array, place: Target, before: int) -> da.Array:
     """An array of one element a block: its rows, when they are written."""
     lengths, token = array.chunks[0], token_of(place.partial)
     # No map_blocks: for axes that it drops it joins the chunks, and a block may be an `Outcome`.
     return da.blockwise(
-        partial(write_block, path=str(place.partial), token=token, block_rows=lengths[0]),
+        partial(write_block, path=str(place.partial), token=token, block_rows=lengths[0], before=before),
         (0,),
         ArrayValuesDep((lengths,), {(number,): number for number in range(len(lengths))}),
         (0,),
