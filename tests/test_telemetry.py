@@ -147,6 +147,7 @@ def test_loads_are_told_by_kind() -> None:
     assert 0 < phases["first batch"] < sum(seconds(work()).values())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_programs_are_private() -> None:
     zc.put(torch.jit.trace(nn.Linear(300, 200).eval(), torch.ones(1, 300)), "program")
     zc.load("program")
