@@ -48,7 +48,7 @@ class Load:
     seconds : dict of str to float
         Seconds by phase: "connect" and "import" (once a process), "fetch", "map", "join", "to device".
     shared, private : int
-        Bytes mapped from the store, and bytes of the skeleton (this process's own).
+        Bytes mapped from the store, and those that this process holds for itself (skeleton, programs).
     """
 
     model: str
@@ -131,7 +131,7 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
-    private = len(fetched.skeleton)
+    private = fetched.description.private_nbytes
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
     telemetry.count_load(str(ref), _kind(store, ref, shared, private), seconds, shared, private)
     if read_only:
@@ -142,7 +142,7 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
 def _kind(store: Store, ref: ModelRef, shared: int, private: int) -> str:
     if store.url.partition(":")[0] != ref.store.partition(":")[0]:
         return "from disk"
-    return "private" if private > shared else "zero-copy"
+    return "private" if 2 * private > shared else "zero-copy"
 
 
 # Stores whose models are known to be read-only here.
