@@ -49,6 +49,7 @@ class Crowded(nn.Module):
 def _from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "_works", type(telemetry._works)())
     monkeypatch.setattr(telemetry, "_loads", type(telemetry._loads)())
+    telemetry._failures.clear()
     loading.residents.clear()
     return
 
@@ -99,6 +100,10 @@ def test_a_failed_block_is_an_error_and_no_block() -> None:
         zc.predict("slow", -np.ones((4, 3), np.float32))
     found = work()
     assert (found["errors"], found["blocks"], found["rows"]) == (1, 0, 0)
+    (failure,) = telemetry.snapshot()["failures"]
+    assert "ValueError: negative" in failure["message"]
+    assert "in forward" in failure["traceback"]
+    assert telemetry.snapshot(since=time.time() + 1)["failures"] == []
 
 
 def test_a_block_that_is_computed_in_parts_is_one(tmp_path: Path) -> None:

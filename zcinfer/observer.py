@@ -144,7 +144,8 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         self.ring = Ring(len(COLUMNS))
         self.begun = time.time()
         self.spent = 0.0
-        self._owner: dict[Any, JobState] = {}
+        # Jobs by task: a fused one may hold blocks of several.
+        self._owners: dict[Any, list[JobState]] = {}
         self._number = 0
         # Of each submission: what was counted for its job before.
         self._before: dict[int, np.ndarray] = {}
@@ -180,7 +181,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         self.jobs[self._number] = state
         self._before[self._number] = self.sums.get(found.job.key, np.zeros(len(COLUMNS)))
         for key in found.blocks:
-            self._owner[key] = state
+            self._owners[key] = [*(job for job in self._owners.get(key, ()) if job.ended is None), state]
             state.moved(key, known[key].state, now)
         ended = [number for number, job in self.jobs.items() if job.ended is not None]
         for number in ended[:-ENDED]:
@@ -189,18 +190,20 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
     @_quietly
     def transition(self, key: Any, start: str, finish: str, *_: Any, **told: Any) -> None:
         """Follow a task of a job from state to state."""
-        state = self._owner.get(key)
-        if state is None:
+        states = self._owners.get(key)
+        if states is None:
             return
         now = time.time()
         if finish == "erred":
             task = self.scheduler.tasks.get(key)
             message = str(told.get("exception_text") or getattr(task, "exception_text", "") or "unknown")
             traceback = str(told.get("traceback_text") or getattr(task, "traceback_text", "") or "")
-            state.erred(key, message, traceback, now)
-        state.moved(key, finish, now)
+            for state in states:
+                state.erred(key, message, traceback, now)
+        for state in states:
+            state.moved(key, finish, now)
         if finish == "forgotten":
-            del self._owner[key]
+            del self._owners[key]
 
     @_quietly
     def remove_worker(self, scheduler: Any, worker: str, **_: Any) -> None:
@@ -223,6 +226,8 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
                 device = self.devices[address] = Device(address, str(worker.name), worker.host)
             for job, added in device.take(counted, now):
                 self.sums[job] = self.sums.get(job, 0) + added
+            for failure in counted["failures"]:
+                self._tell(failure)
             total += device.second
             self._take_loads(device, counted["loads"])
             seconds = device.second[len(_SUMS) :]
@@ -234,6 +239,11 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
             del self.devices[address]
         self.models = {key: loads for key, loads in self.models.items() if key[1] in self.devices}
         self.spent += time.perf_counter() - begin
+
+    def _tell(self, failure: dict[str, Any]) -> None:
+        for job in self.jobs.values():
+            if job.job.key == failure["job"] and job.counts["failed"]:
+                job.told(failure["message"], failure["traceback"])
 
     def _take_loads(self, device: Device, loads: list[dict[str, Any]]) -> None:
         for loaded in loads:

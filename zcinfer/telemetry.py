@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -38,8 +39,9 @@ KINDS = ("zero-copy", "private", "from disk", "resident hit")
 # Upper bounds of the histograms, in seconds: 0.1 ms to 14 minutes, each twice the one before.
 BOUNDS = tuple(1e-4 * 2**power for power in range(24))
 
-# Pairs of job and model, and models, that are remembered; the ones used least recently go.
-_REMEMBERED = 100
+# Pairs of job and model, and models, that are remembered (the ones used least recently go); failures, and characters
+# of each.
+_REMEMBERED, _FAILURES, _CHARACTERS = 100, 20, 4000
 
 
 class Job(NamedTuple):
@@ -177,6 +179,8 @@ class Clock:
 
 _works: OrderedDict[tuple[str, str], Work] = OrderedDict()
 _loads: OrderedDict[str, Loads] = OrderedDict()
+# The last blocks that failed, as they are told.
+_failures: deque[dict[str, Any]] = deque(maxlen=_FAILURES)
 _lock = threading.Lock()
 _spans: deque[Span] | None = None
 # Of this process: counters of another one under the same address begin anew.
@@ -231,6 +235,10 @@ def block(job: Job, model: str, where: str, rows: int, bytes_in: int, bytes_out:
     try:
         yield clock
         failed = False
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))[-_CHARACTERS:]
+        _failures.append({"job": job.key, "message": str(error), "traceback": text, "time": time.time()})
+        raise
     finally:
         _here.clock = None
         with _lock:
@@ -302,16 +310,18 @@ def snapshot(since: float = 0.0) -> dict[str, Any]:
     Parameters
     ----------
     since : float
-        Leave out jobs of which nothing was counted after that time (``time.time()``).
+        Leave out jobs of which nothing was counted after that time (``time.time()``), and failures before it.
     """
     with _lock:
         work = [work.plain() for work in _works.values() if work.touched >= since]
         loads = [loads.plain() for loads in _loads.values()]
+        failures = [failure for failure in _failures if failure["time"] >= since]
     memory = process_memory()
     return {
         "epoch": _epoch,
         "work": work,
         "loads": loads,
+        "failures": failures,
         "private": memory.private,
         "shared": memory.shared,
     }
