@@ -17,6 +17,7 @@ import numpy as np
 from distributed import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
+from . import prometheus
 from .jobstate import Found, JobState, jobs_in
 from .telemetry import PHASES
 
@@ -154,6 +155,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         """Begin to watch; called once by the scheduler."""
         self.scheduler = scheduler
         scheduler.handlers[HANDLER] = self.snapshot
+        prometheus.show_scheduler(self)
         self._clock = PeriodicCallback(self.sample, 1000)
         self._clock.start()
 

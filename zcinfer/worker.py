@@ -17,7 +17,7 @@ from typing import Any
 from distributed import NannyPlugin, Status
 from distributed.worker_memory import NannyMemoryManager
 
-from . import telemetry
+from . import prometheus, telemetry
 from .memory import process_memory
 
 # Seconds for which a heartbeat tells of a job after its last block
@@ -62,6 +62,7 @@ def dask_setup(worker: Any) -> None:
     A worker with a nanny also leaves Ctrl-C to it. Dask calls this in every worker process that starts with this
     preload, and again after each restart of the worker.
     """
+    prometheus.show_worker()
     worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD)
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
