@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# Further arguments of `zcinfer demo` or pytest.
+# Further arguments of `zcinfer demo`, of the example or of pytest.
 ARGS ?=
 
 SHELL := /bin/bash
@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow bench-load bench-windows lint types check format ci constraints clean help
+.PHONY: demo example test test-slow bench-load bench-windows lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -30,6 +30,9 @@ endif
 # `exec`: Ctrl-C and SIGTERM reach the program itself.
 demo: $(VENV)/.demo ## a real model over real text, on two workers that share one copy of its weights
 	@exec $(BIN)/zcinfer demo $(ARGS)
+
+example: $(VENV)/.example ## a chirp in real strain of LIGO and Virgo, found by a network trained here; writes a plot
+	@exec $(BIN)/python examples/gravitational_waves.py $(ARGS)
 
 test: lint types ## lint, types and all tests
 	@exec $(BIN)/python -m pytest -q $(ARGS)
@@ -83,7 +86,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	printf '\nVariables, as in `make demo ARGS=--quick`:\n'
 	printf '%-17s %s\n' \
-	    ARGS 'arguments of the demo, or of pytest for `make test`' \
+	    ARGS 'arguments of the demo, of the example (where to draw), or of pytest' \
 	    PYTHON 'the Python (3.11 or newer) that $(VENV) is made with; here $(PYTHON)' \
 	    TORCH_INDEX 'package index for torch; https://download.pytorch.org/whl/cpu saves gigabytes of CUDA' \
 	    TORCH 'the torch to install; here $(TORCH)'
@@ -132,7 +135,12 @@ $(VENV)/.test: $(VENV)/.demo
 	@$(PIP) install --constraint $(PINS) --editable '.[test]'
 	touch $@
 
-$(VENV)/.timm: $(VENV)/.test requirements-timm.txt
+$(VENV)/.example: $(VENV)/.test requirements-example.txt
+	@$(PIP) install --constraint $(PINS) --editable '.[hdf5]' bokeh
+	$(PIP) install --no-deps --require-hashes --requirement requirements-example.txt
+	touch $@
+
+$(VENV)/.timm: $(VENV)/.example requirements-timm.txt
 	@echo "make: installing timm and torchvision into $(VENV)/timm, apart from the rest (see requirements-timm.txt)"
 	rm -rf $(VENV)/timm
 	$(PIP) install --no-deps --target $(VENV)/timm --requirement requirements-timm.txt
