@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo test test-slow bench bench-load bench-windows lint types check format ci constraints clean help
+.PHONY: demo test test-slow bench lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -37,14 +37,11 @@ test: lint types ## lint, types and all tests
 test-slow: $(VENV)/.timm ## the tests that take minutes: hundreds of architectures, whole programs, more ways to die
 	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
 
-bench: $(VENV)/.test ## all benchmarks; with ARGS=--quick in under 10 minutes; writes benchmarks/results
+bench: $(VENV)/.test ## all benchmarks (ARGS=--quick: under 10 minutes), or one, as in `make bench-load`
 	@exec $(BIN)/zcinfer bench all $(ARGS)
 
-bench-load: $(VENV)/.test ## how long models take to load, beside all other ways
-	@exec $(BIN)/zcinfer bench load $(ARGS)
-
-bench-windows: $(VENV)/.test ## what windows of time series cost in memory, as a specification and as an array
-	@exec $(BIN)/zcinfer bench windows $(ARGS)
+bench-%: $(VENV)/.test
+	@exec $(BIN)/zcinfer bench $* $(ARGS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	@$(BIN)/ruff check .
