@@ -3,10 +3,10 @@
 *Loads*: its five, beside ours, in one process and in turn; mean, 5th and 95th percentile over 100 loads, as there; and
 a load with one forward, since a load alone does not touch its pages. Models have random weights, all files are in the
 page cache, and there is one thread. *Calls*: one sentence through BERT-base, as a Ray task that loads zero-copy in
-every call, as a Ray actor that keeps the model, and the same two with Dask and zcinfer: from the client and back. *Caveats*:
-what the article warns of, or does not, each in processes of its own. Its published numbers are those of another machine
-and of the libraries of 2021: compare ratios. Every model's output is compared with the original's, bit by bit, before
-its time counts.
+every call, as a Ray actor that keeps the model, and the same two with Dask and zcinfer: from the client and back.
+*Caveats*: what the article warns of, or does not, each in processes of its own. Its published numbers are those of
+another machine and of the libraries of 2021: compare ratios. Every model's output is compared with the original's, bit
+by bit, before its time counts.
 
 Not shown: many readers at a time (see `load` for their memory, `models` for requests), and reading from a disk.
 """
