@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo example test test-slow bench-load bench-windows lint types check format ci constraints clean help
+.PHONY: demo example test test-slow bench lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -40,11 +40,11 @@ test: lint types ## lint, types and all tests
 test-slow: $(VENV)/.timm ## the tests that take minutes: hundreds of architectures, whole programs, more ways to die
 	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
 
-bench-load: $(VENV)/.bench ## how long models take to load, beside all other ways; writes benchmarks/results
-	@exec $(BIN)/python -m benchmarks.load $(ARGS)
+bench: $(VENV)/.test ## all benchmarks (ARGS=--quick: under 10 minutes), or one, as in `make bench-load`
+	@exec $(BIN)/zcinfer bench all $(ARGS)
 
-bench-windows: $(VENV)/.bench ## what windows of time series cost in memory, as a specification and as an array
-	@exec $(BIN)/python -m benchmarks.windows $(ARGS)
+bench-%: $(VENV)/.test
+	@exec $(BIN)/zcinfer bench $* $(ARGS)
 
 lint: $(VENV)/.test ## ruff: rules and format
 	@$(BIN)/ruff check .
@@ -127,12 +127,8 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt requirements-demo.tx
 	$(PIP) install --no-deps --require-hashes --requirement requirements-demo.txt
 	touch $@
 
-$(VENV)/.bench: $(VENV)/.test
-	@$(PIP) install --constraint $(PINS) --editable '.[bench]'
-	touch $@
-
 $(VENV)/.test: $(VENV)/.demo
-	@$(PIP) install --constraint $(PINS) --editable '.[test]'
+	@$(PIP) install --constraint $(PINS) --editable '.[bench,test]'
 	touch $@
 
 $(VENV)/.example: $(VENV)/.test requirements-example.txt

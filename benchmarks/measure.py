@@ -1,18 +1,14 @@
-"""What all benchmarks share: interleaved timing, forked children, tables, JSON and plots."""
+"""The clock: functions timed in turn, in forked children where they must start from nothing, and their spread."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import platform
 import random
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -71,74 +67,13 @@ def forked(function: Callable[[], Any]) -> Any:
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles, number."""
-    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
-    return {"median": float(median), "low": float(low), "high": float(high), "n": len(seconds)}
+    """Median, quartiles, number, and the spread: how far apart the quartiles lie, as a part of the median.
 
-
-def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
-    packages = ("torch", "ray", "numpy", "dask", "transformers", "safetensors", "zcinfer")
-    return {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
-        "python": platform.python_version(),
-        "kernel": platform.release(),
-        "packages": {name: version(name) for name in packages},
-    }
-
-
-def milliseconds(found: Mapping[str, float] | None) -> str:
-    """Median and quartiles, for a table."""
-    if found is None:
-        return "–"
-    scale = [found[key] * 1e3 for key in ("median", "low", "high")]
-    digits = 2 if scale[0] < 10 else 0
-    return "{:.{d}f} ({:.{d}f}–{:.{d}f})".format(*scale, d=digits)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def write(directory: Path, name: str, results: dict[str, Any], text: str, figures: Sequence[Any]) -> None:
-    """Write ``name.json``, ``name.md`` and, with the figures in it, ``name.html``."""
-    from bokeh.embed import file_html
-    from bokeh.layouts import column
-    from bokeh.resources import INLINE
-
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(results, indent=1))
-    (directory / f"{name}.md").write_text(text)
-    (directory / f"{name}.html").write_text(file_html(column(*figures), INLINE, title=name))
-
-
-def bars(title: str, unit: str, values: Mapping[str, Mapping[str, float]]) -> Any:
-    """Horizontal bars with quartiles, on a logarithmic axis, the shortest on top."""
-    from bokeh.models import ColumnDataSource, Whisker
-    from bokeh.plotting import figure
-
-    names = sorted(values, key=lambda name: values[name]["median"], reverse=True)
-    data: dict[str, list[Any]] = {key: [values[name][key] for name in names] for key in ("median", "low", "high")}
-    data["name"] = names
-    data["text"] = [f"{value:.3g}" for value in data["median"]]
-    source = ColumnDataSource(data)
-    bottom = min(found["low"] for found in values.values()) / 2
-    top = max(found["high"] for found in values.values()) * 4
-    plot = figure(
-        title=title, y_range=names, x_axis_type="log", x_range=(bottom, top),
-        width=900, height=60 + 30 * len(names), x_axis_label=unit, toolbar_location=None,
-    )  # fmt: skip
-    colours = ["#1f6f8b" if name.startswith("zcinfer") else "#b9c2c7" for name in names]
-    source.add(colours, "colour")
-    plot.hbar(y="name", left=bottom, right="median", height=0.7, source=source, color="colour")
-    plot.text(x="high", y="name", text="text", source=source, x_offset=8, text_baseline="middle", text_font_size="12px")
-    plot.add_layout(Whisker(base="name", lower="low", upper="high", source=source, dimension="width", level="overlay"))
-    plot.ygrid.grid_line_color = None
-    return plot
+    Examples
+    --------
+    >>> summary([1, 2, 3, 4, 5])
+    {'median': 3.0, 'low': 2.0, 'high': 4.0, 'n': 5, 'spread': 0.6666666666666666}
+    """
+    low, median, high = (float(value) for value in np.quantile(seconds, (0.25, 0.5, 0.75)))
+    spread = (high - low) / median if median else 0.0
+    return {"median": median, "low": low, "high": high, "n": len(seconds), "spread": spread}

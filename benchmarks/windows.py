@@ -8,7 +8,6 @@ worker. Sums of the results are compared.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Mapping
@@ -23,7 +22,10 @@ import torch
 from distributed import Client, LocalCluster, wait
 
 import zcinfer as zc
-from benchmarks.measure import bars, machine, table, write
+
+from .benchmark import Benchmark, Options
+from .figures import bars
+from .tables import Table
 
 SIZE, CHUNK = 4096, 1 << 18  # samples; a chunk is 4 MiB
 WAYS = ("zcinfer: a specification", "a dask array of windows")
@@ -34,30 +36,25 @@ class Energy(torch.nn.Module):
         return x.square().sum((-1, -2))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a quarter of the samples")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    chunks = 4 if arguments.quick else 16
-    results: dict[str, Any] = machine() | {"samples": 2 * 8 * chunks * CHUNK, "cases": []}
+def measure(options: Options) -> dict[str, Any]:
+    """Both ways, predicted and kept, at both ratios of size and step."""
+    chunks = 4 if options.quick else 16
+    results: dict[str, Any] = {"samples": 2 * 8 * chunks * CHUNK, "cases": []}
     with tempfile.TemporaryDirectory() as directory:
         os.environ["DASK_ZCINFER__REGISTRY"] = directory  # of the workers
         with dask.config.set({"zcinfer.registry": directory}):
             zc.connect("file")
             zc.put(torch.nn.Sequential(Energy()).eval(), "energy")
             for ratio in (2, 32):
-                found = {(way, kept): measure(way, kept, ratio, chunks) for kept in (False, True) for way in WAYS}
-                sums = [case["sum"] for case in found.values()]
+                found = {(way, kept): case(way, kept, ratio, chunks) for kept in (False, True) for way in WAYS}
+                sums = [one["sum"] for one in found.values()]
                 assert np.allclose(sums, sums[0], rtol=1e-6), f"results differ: {sums}"
                 results["cases"] += found.values()
             zc.disconnect()
-    text = report(results)
-    write(arguments.out, "windows", results, text, figures(results))
-    print(text)
+    return results
 
 
-def measure(way: str, kept: bool, ratio: int, chunks: int) -> dict[str, Any]:
+def case(way: str, kept: bool, ratio: int, chunks: int) -> dict[str, Any]:
     """One case, on a cluster of its own."""
     limits = {"target": 0.25, "spill": False, "pause": False, "terminate": False}
     settings = {f"distributed.worker.memory.{name}": limit for name, limit in limits.items()}
@@ -68,7 +65,7 @@ def measure(way: str, kept: bool, ratio: int, chunks: int) -> dict[str, Any]:
             n_workers=2,
             threads_per_worker=1,
             memory_limit="64 MiB",  # of which 16 MiB are kept, and the rest spilled
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             local_directory=scratch,
         ) as cluster,
         Client(cluster) as client,
@@ -143,36 +140,25 @@ def peak() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
 
 
-def report(results: Mapping[str, Any]) -> str:
-    head = f"{results['when']}, {results['machine']}, {results['samples'] / 1e6:,.0f} MB of samples, MB and seconds"
-    rows = [["", "way", "size / step", "rows", "largest result", "spilled", "sent", "peak of a worker", "seconds"]]
-    for case in results["cases"]:
-        kept = case["kept"]
-        rows.append(
-            [
-                "kept" if kept else "predicted",
-                case["way"],
-                str(case["ratio"]),
-                f"{case['rows']:,}",
-                f"{case['largest'] / 1e6:,.1f}" if kept else "–",
-                *(f"{case[name] / 1e6:,.1f}" for name in ("spilled", "sent", "peak")),
-                f"{case['seconds']:.1f}",
-            ]
-        )
-    return f"# Windows\n\n{head}\n\n{__doc__.partition(chr(10))[2].strip()}\n\n{table(rows)}\n"
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """One table of all cases."""
+    columns = {"": "", "way": "", "size / step": "", "rows": "", "largest result": "MB", "spilled": "MB", "sent": "MB",
+               "peak of a worker": "MB", "time": "s"}  # fmt: skip
+    rows = [
+        ["kept" if one["kept"] else "predicted", one["way"], one["ratio"], one["rows"],
+         one["largest"] if one["kept"] else None, one["spilled"], one["sent"], one["peak"], one["seconds"]]
+        for one in results["cases"]
+    ]  # fmt: skip
+    return [Table(f"Windows of {results['samples'] / 1e6:,.0f} MB of samples", columns, rows)]
 
 
 def figures(results: Mapping[str, Any]) -> list[Any]:
-    found = []
-    for name in ("spilled", "sent", "peak"):
-        values = {
-            f"{case['way']}, size / step {case['ratio']}": dict.fromkeys(("median", "low", "high"), case[name] / 1e6)
-            for case in results["cases"]
-            if case["kept"]
-        }
-        found.append(bars(f"kept windows: MB {name}", "MB", values))
-    return found
+    """What is spilled, what is sent, and the peak, where windows are kept."""
+    return [
+        bars(f"kept windows: MB {name}", "MB",
+             {f"{one['way']}, size / step {one['ratio']}": one[name] for one in results["cases"] if one["kept"]})
+        for name in ("spilled", "sent", "peak")
+    ]  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark("windows", "Windows of time series", __doc__, measure, tables, figures)

@@ -25,7 +25,7 @@ from torch import nn
 import zcinfer as zc
 from zcinfer.cli import main
 
-COMMANDS = ["put", "ls", "info", "rm", "run", "demo", "cluster"]
+COMMANDS = ["put", "ls", "info", "rm", "run", "demo", "cluster", "bench"]
 
 MODELS = """
 import torch

@@ -8,7 +8,7 @@ import pickle
 import statistics
 import subprocess
 import sys
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -564,7 +564,10 @@ def test_branches_on_data_are_found_with_two_real_rows(caplog: pytest.LogCapture
     assert np.array_equal(found, by_hand(model, x, batch=2))
 
 
-def test_real_rows_are_asked_for_only_where_needed(caplog: pytest.LogCaptureFixture) -> None:
+def test_real_rows_are_asked_for_only_where_needed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zcinfer.predictor._found", OrderedDict())  # what other tests have found
     asked = []
 
     def sample() -> list[np.ndarray]:
@@ -774,3 +777,36 @@ def wrong(output: Any, inputs: Any) -> torch.Tensor:
 def test_unsigned_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(zc.ZcinferError, match="uint64 values up to"):
         predictor_of(torch.nn.Identity().eval())(np.array([[2**63 + 2048]], np.uint64))
+
+
+# What was found, for those who come with every request
+
+
+class Told(nn.Module):
+    """Tells of each time that it is run."""
+
+    runs: list[tuple[int, ...]] = []  # noqa: RUF012 - of all copies of it
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.runs.append(tuple(x.shape))
+        return x + 1, x.sum(1)
+
+
+def test_predictor_that_is_sent_anew_finds_what_another_found() -> None:
+    arriving = pickle.dumps(predictor_of(Told().eval(), output=0))
+    Told.runs.clear()
+    np.testing.assert_array_equal(pickle.loads(arriving)(normal(5, 4)), normal(5, 4) + 1)
+    assert len(Told.runs) > 1  # without weights, and then the rows themselves
+    Told.runs.clear()
+    np.testing.assert_array_equal(pickle.loads(arriving)(normal(5, 4)), normal(5, 4) + 1)
+    assert Told.runs == [(5, 4)]
+
+
+def test_what_was_found_is_for_the_same_settings_and_rows_alone() -> None:
+    first = predictor_of(Told().eval(), output=0)
+    assert first(normal(5, 4)).shape == (5, 4)
+    assert first(normal(5, 3)).shape == (5, 3)
+    assert Predictor(first.ref, output=1)(normal(5, 4)).shape == (5,)
+    assert Predictor(first.ref, output=lambda output, _: output[0][:, :2])(normal(5, 4)).shape == (5, 2)
+    other = predictor_of(nn.Sequential(nn.Linear(4, 7)).eval())
+    assert other(normal(5, 4)).shape == (5, 7)

@@ -319,6 +319,41 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
         catalog.disconnect()
 
 
+_BENCHMARKS = ("load", "article", "talk", "throughput", "models", "windows", "gpu", "all")
+
+
+@main.command()
+@click.argument("names", nargs=-1, type=click.Choice(_BENCHMARKS), metavar="[NAME]...")
+@click.option("--quick", is_flag=True, help="Fewer rounds, to see that it works; all of them in under 10 minutes.")
+@click.option("--out", type=click.Path(file_okay=False), default="benchmarks/results", show_default=True,
+              help="Directory of the tables, the figures and the page.")  # fmt: skip
+@click.option("--only", multiple=True, metavar="TEXT", help="Only models or systems whose names contain TEXT.")
+@click.option("--again", is_flag=True, help="Measure nothing: show anew what an earlier run left in --out.")
+@click.option("--docs", is_flag=True, help="Put the tables into docs/benchmarks.md of the source.")
+def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], again: bool, docs: bool) -> None:
+    """Measure zcinfer on this machine, beside what you would otherwise use.
+
+    \b
+    NAME is one of these; default: all that can run here.
+      load        all ways to load a model, cold and warm, and the memory of each further reader
+      article     "How to load models 300 times faster with Ray" (2021): its loads and calls, today
+      talk        an MLP over many rows: loop, threads, processes, and zcinfer
+      throughput  rows per second, beside other frameworks
+      models      many models on demand: the largest rate of requests held
+      windows     memory that windows of time series take
+      gpu         needs a GPU
+
+    Results are compared before a time counts. Prints tables; writes JSON, CSV, Markdown and a page with plots
+    that opens without a network. Needs: pip install 'zcinfer[bench]'.
+    """
+    from pathlib import Path
+
+    from .benchmarks.benchmark import Options
+    from .benchmarks.running import bench as run_benchmarks
+
+    run_benchmarks(names, Options(quick, Path(out), only), docs=docs, again=again)
+
+
 def _cluster(workers: int | None, scheduler: str | None) -> Any:
     """Context with a current Dask client."""
     from contextlib import ExitStack

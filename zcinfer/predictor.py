@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -43,6 +45,13 @@ _MODEL, _PREPARING, _TO_DEVICE, _WAITING, _COMPUTING, _FROM_DEVICE = range(PHASE
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
 # Batches of that size that there must be before measuring pays.
 _WORTH_MEASURING = 8
+
+
+# What was found for inputs, by all predictors of this process: one that comes with every request, as a task's, finds it
+# there, and need not run the model without weights. The least recently used go first.
+_found: OrderedDict[tuple[Any, ...], Binding] = OrderedDict()
+_FOUND_MOST = 1000
+_lock = threading.Lock()
 
 
 class Predictor:
@@ -126,7 +135,6 @@ class Predictor:
         self.keywords = tuple(keywords)
         self.job: Job | None = None
         self.binding: Binding | None = None
-        self._found: dict[tuple[Any, ...], Binding] = {}
         description, _ = describe(self.ref)
         if description.training and training == "refuse":
             names = ", ".join(repr(name) if name else "the model itself" for name in description.training[:3])
@@ -145,9 +153,12 @@ class Predictor:
 
     def fingerprint(self) -> str:
         """SHA-256 of model and settings; the same in every process, also with functions of ``__main__``."""
+        return self._digest(self.batch_size, self.binding.casts if self.binding is not None else None)
+
+    def _digest(self, batch_size: int | str | None = None, casts: tuple[str, ...] | None = None) -> str:
         canonical = Canonical(lambda storage: sha256_each([storage_bytes(storage)])[0])
         settings = (vars(self.call), self.training, self.device, self.sort_by, self.keywords)
-        canonical.add((self.ref.digest, self.batch_size, settings, self.binding and self.binding.casts))
+        canonical.add((self.ref.digest, batch_size, settings, casts))
         return canonical.hexdigest()
 
     def bind(self, inputs: Sequence[Rows], sample: Callable[[], Sequence[Array]] | None = None) -> Predictor:
@@ -172,13 +183,20 @@ class Predictor:
         OutputError
             Its output has no rows, or several outputs and none was chosen.
         """
-        key = (self.keywords, *inputs)
-        if key not in self._found:
+        key = (self._digest(), *inputs)
+        with _lock:
+            binding = _found.get(key)
+        if binding is None:
             if self.sort_by is not None:
                 mask_of(inputs, self.keywords, self.sort_by)
-            self._found[key] = find_binding(self.ref, self.call, self.training, inputs, self.keywords, sample)
+            binding = find_binding(self.ref, self.call, self.training, inputs, self.keywords, sample)
+        with _lock:
+            _found[key] = binding
+            _found.move_to_end(key)
+            while len(_found) > _FOUND_MOST:
+                _found.popitem(last=False)
         bound = copy.copy(self)
-        bound.binding = self._found[key]
+        bound.binding = binding
         return bound
 
     @property

@@ -1,0 +1,153 @@
+"""What all benchmarks share: spreads are told of, reports follow from the JSON alone, pages ask no network."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from zcinfer import cli
+from zcinfer.benchmarks import pages, running
+from zcinfer.benchmarks.benchmark import Benchmark, Options, all_tables, bar
+from zcinfer.benchmarks.figures import bars
+from zcinfer.benchmarks.machine import machine
+from zcinfer.benchmarks.measure import interleaved, summary
+from zcinfer.benchmarks.tables import Table, is_noisy, text
+
+STEADY, NOISY = summary([0.010, 0.011, 0.012]), summary([0.01, 0.02, 0.05])
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    columns = {"way": "", "times as long": "x", "time": "ms", "memory": "MB"}
+    return [Table("Ways & means", columns, [["zcinfer", 1.0, results["a"], 5e6], ["<b>", 2.0, results["b"], None]])]
+
+
+EXAMPLE = Benchmark(
+    "example", "An example", "Not at all.", lambda _: {}, tables,
+    lambda results: [bars("ways", "ms", {"zcinfer": results["a"], "other": results["b"]}, published={"other": 1.0})],
+)  # fmt: skip
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    found = machine() | {"quick": True, "took": 1.0, "a": STEADY, "b": NOISY}
+    found |= {"bars": {"fast": bar(2, 3.0), "small": bar(2, 3.0, most=True)}, "absent": {"CUDA": "no GPU"}}
+    return json.loads(json.dumps(found))
+
+
+def test_spread_is_that_of_quartiles() -> None:
+    found = summary([1, 2, 3, 4, 100])
+    assert (found["low"], found["median"], found["high"], found["n"]) == (2, 3, 4, 5)
+    assert found["spread"] == pytest.approx(2 / 3)
+
+
+def test_all_functions_are_called_each_round_after_a_first_call() -> None:
+    calls: list[str] = []
+    seconds = interleaved({name: (lambda name=name: calls.append(name)) for name in "abc"}, 4)  # type: ignore[misc]
+    assert calls[:3] == ["a", "b", "c"]
+    assert [sorted(calls[n : n + 3]) for n in range(3, 15, 3)] == [["a", "b", "c"]] * 4
+    assert {name: len(found) for name, found in seconds.items()} == dict.fromkeys("abc", 4)
+
+
+def test_a_fork_gives_its_result_and_its_failure_ends_the_benchmark() -> None:
+    # In a process of its own: this one may have threads.
+    script = (
+        "from zcinfer.benchmarks.measure import forked\nprint(forked(lambda: [1, {'a': 2}]))\nforked(lambda: 1 / 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "[1, {'a': 2}]\n")
+    assert "ZeroDivisionError" in done.stderr
+    assert "a measuring process failed with status 1" in done.stderr
+
+
+def test_noise_is_marked_in_every_form(results: dict[str, Any]) -> None:
+    assert (is_noisy(STEADY), is_noisy(NOISY)) == (False, True)
+    assert text(NOISY, "ms").endswith(" noisy")
+    assert "noisy" not in text(STEADY, "ms")
+    (table,) = tables(results)
+    assert table.markdown().count("noisy") == table.html().count(' class="noisy"') == 1
+    assert table.frame().set_index(["row", "column"]).loc[("<b>", "time"), "noisy"]
+
+
+def test_figures_are_scaled_to_their_units(results: dict[str, Any]) -> None:
+    frame = tables(results)[0].frame().set_index(["row", "column"])["value"]
+    assert frame[("zcinfer", "time")] == pytest.approx(11)
+    assert frame[("zcinfer", "memory")] == pytest.approx(5)
+    assert ("<b>", "memory") not in frame
+
+
+def test_bars_come_first_and_what_could_not_run_last(results: dict[str, Any]) -> None:
+    first, _, last = all_tables(EXAMPLE, results)
+    assert [row[-1] for row in first.rows] == ["met", "NOT MET"]
+    assert last.texts() == [["CUDA", "no GPU"]]
+
+
+def test_files_of_a_run(tmp_path: Path, results: dict[str, Any]) -> None:
+    pages.write(tmp_path, EXAMPLE, results)
+    assert json.loads((tmp_path / "example.json").read_text()) == results
+    frame = pd.read_csv(tmp_path / "example.csv")
+    found = frame.query("row == 'zcinfer' and column == 'time'")
+    assert found["value"].item() == pytest.approx(11)
+    written = (tmp_path / "example.md").read_text()
+    assert results["commit"] in written
+    assert "| zcinfer | 1.00x" in written
+
+
+def test_a_page_asks_no_network(tmp_path: Path, results: dict[str, Any]) -> None:
+    page = pages.page("All", [(EXAMPLE, results), (EXAMPLE, results)])
+    assert not re.findall(r'<(?:script|link|img|iframe)[^>]*(?:src|href)\s*=\s*"?[^">]*', page)
+    assert "@@" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert page.count("data-root-id") >= 2
+
+
+def test_tables_go_between_the_marks(tmp_path: Path, results: dict[str, Any]) -> None:
+    path = tmp_path / "benchmarks.md"
+    path.write_text("before\n<!-- example -->\nold\n<!-- /example -->\nafter\n")
+    pages.into_docs(path, EXAMPLE, results)
+    written = path.read_text()
+    assert written.startswith("before\n<!-- example -->\n")
+    assert written.endswith("<!-- /example -->\nafter\n")
+    assert "old" not in written
+    assert "| zcinfer |" in written
+    pages.into_docs(path, EXAMPLE, results)
+    assert path.read_text() == written
+    with pytest.raises(pages.SettingsError, match="has no <!-- example -->"):
+        pages.into_docs(tmp_path / "other.md", EXAMPLE, results)
+
+
+def test_names_of_the_command_are_the_benchmarks() -> None:
+    assert (*running.ENTRIES, "all") == cli._BENCHMARKS
+
+
+@pytest.mark.parametrize("name", [name for name in running.ENTRIES if not running.why_not(name)])
+def test_each_benchmark_is_one(name: str) -> None:
+    found = running.benchmark_of(name)
+    assert found.name == name
+    assert found.title
+    assert len(found.method) > 100
+
+
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    call = CliRunner().invoke
+    assert "it needs a GPU" in call(cli.main, ["bench", "gpu"]).output
+    entry = running.Entry("windows", ("bokeh", "no_such_package"))
+    monkeypatch.setitem(running.ENTRIES, "windows", entry)
+    output = call(cli.main, ["bench", "windows"]).output
+    assert "not installed: no_such_package. pip install 'zcinfer[bench]'" in output
+    output = call(cli.main, ["bench", "load", "--again", "--out", str(tmp_path)]).output
+    assert "load.json is not there" in output
+
+
+def test_parts_are_chosen_by_name() -> None:
+    assert Options(only=("BERT", "Res")).wants("ResNet-50")
+    assert not Options(only=("BERT",)).wants("GPT-2")
