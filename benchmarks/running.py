@@ -38,6 +38,7 @@ ENTRIES = {
     "talk": Entry("talk", SHOWN),
     "throughput": Entry("throughput", (*SHOWN, "transformers")),
     "models": Entry("many_models", (*SHOWN, "transformers")),
+    "overlap": Entry("overlap", (*SHOWN, "aiohttp")),
     "windows": Entry("windows", SHOWN),
     "gpu": Entry("gpu", SHOWN, "it needs a GPU, and is not written yet: workers are not pinned to GPUs so far"),
 }

@@ -319,7 +319,7 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
         catalog.disconnect()
 
 
-_BENCHMARKS = ("load", "article", "talk", "throughput", "models", "windows", "gpu", "all")
+_BENCHMARKS = ("load", "article", "talk", "throughput", "models", "overlap", "windows", "gpu", "all")
 
 
 @main.command()
