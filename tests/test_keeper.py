@@ -18,7 +18,7 @@ import pytest
 
 from zcinfer import keeper
 from zcinfer.errors import SettingsError, StoreUnavailable
-from zcinfer.ray_head import MARK, RECORD, sweep
+from zcinfer.ray_node import MARK, RECORD, sweep
 
 START = """
 import os, sys
@@ -297,5 +297,5 @@ def test_processes_that_race_get_one_token(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_keeper_is_small() -> None:
-    code = "import sys, zcinfer.ray_head, zcinfer.keeper; print(sys.modules.keys() & {'ray', 'torch', 'dask', 'numpy'})"
+    code = "import sys, zcinfer.ray_node, zcinfer.keeper; print(sys.modules.keys() & {'ray', 'torch', 'dask', 'numpy'})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=Path(keeper.__file__).parents[1]) == b"set()\n"

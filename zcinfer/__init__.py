@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .cluster import LocalCluster
     from .jobs import run
     from .predictor import Predictor
+    from .prefetching import prefetch
     from .publishing import load, put, save
     from .records import failures
     from .store import ModelRef
@@ -32,6 +33,7 @@ _HOME = {
     "models": "catalog",
     "predict": "arrays",
     "predict_by": "arrays",
+    "prefetch": "prefetching",
     "put": "publishing",
     "run": "jobs",
     "save": "publishing",
@@ -53,6 +55,7 @@ __all__ = [
     "models",
     "predict",
     "predict_by",
+    "prefetch",
     "put",
     "run",
     "save",

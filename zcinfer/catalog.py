@@ -273,7 +273,7 @@ def _open_ray(address: str) -> Store:
     found = Registry(config.registry_directory())
     if address:
         return RayStore(address, found)
-    client = _dask_client()
+    client = dask_client()
     url: str | None = client.get_metadata(["zcinfer-store"], None) if client is not None else None
     if url is not None:
         # The Ray that an earlier client has connected the cluster to, if it still answers; the registry is ours.
@@ -287,7 +287,7 @@ def _open_ray(address: str) -> Store:
     return store
 
 
-def _dask_client() -> Any:
+def dask_client() -> Any:
     """The current Dask client, without importing distributed for those who do not use it."""
     module = sys.modules.get("distributed.client")
     if module is None:

@@ -354,6 +354,55 @@ def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], 
     run_benchmarks(names, Options(quick, Path(out), only), docs=docs, again=again)
 
 
+@main.command()
+@click.option("--head", is_flag=True, help="Be the machine that the others join.")
+@click.option("--join", metavar="ADDRESS", help="Join the head whose scheduler is at ADDRESS, as it prints it.")
+@click.option("--host", default="", metavar="ADDRESS",
+              help="Listen on this address of this machine. Default: with --head 127.0.0.1, where no other machine can "
+              "join; with --join the one from which it reaches the head.")  # fmt: skip
+@click.option("--port", type=click.IntRange(0, 65535), default=8786, show_default=True,
+              help="Port of the head's Dask scheduler.")  # fmt: skip
+@click.option("--ray-port", type=click.IntRange(0, 65535), default=6379, show_default=True,
+              help="Port of the head's Ray.")  # fmt: skip
+@click.option("--token-file", metavar="FILE",
+              help="Ray's token, a copy of the head's file (mode 0600). Default: this user's own.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0), help="Worker processes here. Default: one per core.")
+@click.option("--memory-limit", default="auto", show_default=True, help="Private memory a worker may use.")
+@click.pass_context
+def node(
+    ctx: click.Context,
+    head: bool,
+    join: str | None,
+    host: str,
+    port: int,
+    ray_port: int,
+    token_file: str | None,
+    workers: int | None,
+    memory_limit: str,
+) -> None:
+    """Make this machine part of a cluster, until Ctrl-C: its shared memory and its workers.
+
+    
+    On one machine, and then on each of the others, as the first one prints it:
+      zcinfer node --head --host 10.0.0.1
+      zcinfer node --join tcp://10.0.0.1:8786 --token-file FILE
+    """
+    if head == (join is not None):
+        raise SettingsError("give --head on one machine, and --join ADDRESS on all others")
+    source = click.core.ParameterSource.DEFAULT
+    if join is not None and any(ctx.get_parameter_source(name) is not source for name in ("port", "ray_port")):
+        raise SettingsError("--port and --ray-port are the head's: the others find them by its address")
+
+    import dask.config
+
+    from .node import Head, Member, Workers, serve
+
+    _see_here()
+    with dask.config.set({"zcinfer.ray.token-file": token_file} if token_file else {}):
+        role = Head(host, port, ray_port) if join is None else Member(join, host)
+        serve(role, Workers(workers, memory_limit), click.echo)
+
+
 def _cluster(workers: int | None, scheduler: str | None) -> Any:
     """Context with a current Dask client."""
     from contextlib import ExitStack

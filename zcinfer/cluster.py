@@ -1,7 +1,6 @@
 """A Dask cluster on this machine whose workers share models: processes that listen on the loopback address only.
 
-Not for several machines: start their workers with ``dask worker --preload zcinfer.worker``. Not for the work
-itself: see `distributed.LocalCluster`, its base.
+Not for several machines (`node`). Not for the work itself: see `distributed.LocalCluster`, its base.
 """
 
 from __future__ import annotations
@@ -121,32 +120,23 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
                 f"LocalCluster(n_workers={n_workers}, threads_per_worker={threads_per_worker}): a worker has at "
                 "least one thread, and there cannot be fewer than no workers."
             )
-        cores = cpu_count()
-        if n_workers is None:
-            n_workers = cores
-        # A cluster that starts without workers grows later, to nobody knows how many.
-        threads = max(1, cores // (n_workers or cores))
-        env = dict.fromkeys(THREAD_VARIABLES, str(threads)) | (kwargs.pop("env", None) or {})
+        n_workers = cpu_count() if n_workers is None else n_workers
         if memory_limit != "auto":
             if isinstance(memory_limit, str):
                 parse_size(memory_limit, "memory_limit")  # Dask's own error names no setting
             # Dask divides the machine's memory by the workers only where it is not told "auto".
             kwargs["memory_limit"] = memory_limit
-        # All our settings, since the workers take these in the place of what they have.
-        ours = {"zcinfer": {**settings(), "jobs": n_workers or cores, "computing": 1}}
-        scratch = kwargs.pop("local_directory", None) or _scratch_directory()
+        names = ("env", "config", "preload", "local_directory")
+        options = worker_options(n_workers, **{name: kwargs.pop(name, None) for name in names})
         try:
             super().__init__(
                 n_workers=n_workers,
                 threads_per_worker=threads_per_worker,
                 host=LOOPBACK,
                 worker_class=Nanny,
-                env=env,
-                config=dask.config.merge(ours, kwargs.pop("config", None) or {}),
-                preload=_preloads(kwargs.pop("preload", None)),
-                local_directory=str(scratch),
-                scheduler_kwargs={"local_directory": str(scratch)} | kwargs.pop("scheduler_kwargs", {}),
+                scheduler_kwargs={"local_directory": options["local_directory"]} | kwargs.pop("scheduler_kwargs", {}),
                 dashboard_address=kwargs.pop("dashboard_address", f"{LOOPBACK}:0"),
+                **options,
                 **kwargs,
             )
         except RuntimeError as error:
@@ -157,6 +147,30 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
                 f"The cluster did not start: {error} The processes that failed say why in the lines above. Does the "
                 'script make its LocalCluster under if __name__ == "__main__":?'
             ) from error
+
+
+def worker_options(
+    n_workers: int,
+    env: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    preload: str | list[str] | None = None,
+    local_directory: str | Path | None = None,
+) -> dict[str, Any]:
+    """Arguments of the `Nanny` of each of ``n_workers`` on this machine, for workers that share models.
+
+    What is given goes before what would be chosen.
+    """
+    cores = cpu_count()
+    # A cluster that starts without workers grows later, to nobody knows how many.
+    threads = max(1, cores // (n_workers or cores))
+    # All our settings, since the workers take these in the place of what they have.
+    ours = {"zcinfer": {**settings(), "jobs": n_workers or cores, "computing": 1}}
+    return {
+        "env": dict.fromkeys(THREAD_VARIABLES, str(threads)) | (env or {}),
+        "config": dask.config.merge(ours, config or {}),
+        "preload": _preloads(preload),
+        "local_directory": str(local_directory or _scratch_directory()),
+    }
 
 
 def _refuse_reimport() -> None:
@@ -178,8 +192,8 @@ def _refuse_exposure(kwargs: dict[str, Any]) -> None:
         raise SettingsError(f"scheduler_kwargs may not have {name}: the scheduler listens on {LOOPBACK} only")
     for name in {"host", "interface", "ip", "processes", "worker_class"} & kwargs.keys():
         raise SettingsError(
-            f"zcinfer.LocalCluster runs processes that listen on {LOOPBACK} only and does not take {name}=. For other "
-            f"clusters start the workers with: dask worker --preload {PRELOAD} SCHEDULER"
+            f"zcinfer.LocalCluster runs processes that listen on {LOOPBACK} only and does not take {name}=. For "
+            f"several machines: zcinfer node, or workers started with dask worker --preload {PRELOAD} SCHEDULER"
         )
     for name in {"dashboard_address", "worker_dashboard_address"} & kwargs.keys():
         address = kwargs[name]

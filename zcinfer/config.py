@@ -34,6 +34,10 @@ DEFAULTS: dict[str, Any] = {
         "address": None,
         # Bytes of shared memory for our own Ray ("4 GiB"); None: Ray's default, 30 % of the memory
         "object-store-memory": None,
+        # File with the token of our own Ray, a copy of its head's; None: $XDG_STATE_HOME/zcinfer/ray-token
+        "token-file": None,
+        # Address of this machine's node of Ray, where several can be seen; None: Ray finds it
+        "host": None,
         # Seconds that a store may take to answer, and our own Ray to start
         "timeout": 8,
         "start-timeout": 60,

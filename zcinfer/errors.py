@@ -17,6 +17,7 @@ Every error a user meets derives from `ZcinferError`; an exception of Ray, pickl
     ├── StoreError
     │   ├── StoreUnavailable    Ray does not answer, or its holder is gone
     │   └── StoreFull           the model does not fit into shared memory; gives the sizes
+    ├── NodeError               a machine cannot join a cluster, or has lost it
     ├── InputError              an input the model refuses: dtype, shape, lengths that differ
     ├── OutputError             a target that exists and is not ours, an output without rows
     └── BlockError              a block failed while computing; names block, rows and model version
@@ -71,6 +72,10 @@ class StoreUnavailable(StoreError):
 
 class StoreFull(StoreError):
     """The model does not fit into the store."""
+
+
+class NodeError(ZcinferError):
+    """A machine cannot become part of a cluster, or the cluster's head is gone."""
 
 
 class InputError(ZcinferError):

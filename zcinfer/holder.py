@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from socket import gethostname
 from time import monotonic, sleep
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from .archive import MARGIN, Archive
 from .description import Bytes, Description
-from .errors import StoreFull
+from .errors import ModelNotFound, StoreFull
 from .registry import Registry
 from .sharing import Plasma
 from .sizes import format_size
@@ -68,7 +69,7 @@ class Holder:
         A second object is that of the base in which some of the storages lie.
         """
         if digest not in self._objects:
-            archive, base = Registry(registry).archive(digest), Registry(registry).base(digest)
+            archive, base = _archive(digest, registry), Registry(registry).base(digest)
             description, weights = archive.description, archive.padded_weights()
             others: list[Any] = []
             if base is not None:
@@ -88,6 +89,10 @@ class Holder:
             self._objects[digest] = _Held(description.nbytes, head, [reference, *others], registry)
         held = self._objects[digest]
         return held.head, held.references
+
+    def size(self, digest: str, registry: str) -> int:
+        """Bytes of a model's weights, whether they are in the store or not yet."""
+        return _archive(digest, registry).description.nbytes
 
     def forget(self, digest: str) -> None:
         """Drop one model; its memory is free once the last reader has let go."""
@@ -136,6 +141,17 @@ class Holder:
             "Delete what is not needed (zcinfer rm NAME), or give Ray more memory "
             "(DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the store 'file'."
         )
+
+
+def _archive(digest: str, registry: str) -> Archive:
+    try:
+        return Registry(registry).archive(digest)
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"{error} This was asked on the machine {gethostname()}, where Ray's memory is filled from archives: on "
+            "clusters of several machines publish on that of the head, or keep the registry (zcinfer.registry) in a "
+            "directory that all have in common."
+        ) from error
 
 
 def _own_weights(archive: Archive, description: Description) -> Bytes:

@@ -1,6 +1,6 @@
-"""Our own Ray: started for this process, reachable from this machine only, and gone when the process is.
+"""Our own Ray: started for this process, reachable from this machine only unless told, and gone when the process is.
 
-This is the side of the process that wants a Ray; `zcinfer.ray_head` is the small process between it and Ray. What
+This is the side of the process that wants a Ray; `zcinfer.ray_node` is the small process between it and Ray. What
 is kept in that Ray, and how one talks to it, is not for here.
 """
 
@@ -19,15 +19,16 @@ import tempfile
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from .errors import SettingsError, StoreUnavailable
-from .ray_head import MARK, PREFIX, claim, clear, sweep
+from .ray_node import MARK, PREFIX, claim, clear, sweep
 
 LOG = "ray-start.log"
-KEEPER = "import sys; sys.path.append(sys.argv[1]); from zcinfer.ray_head import keep; keep(*sys.argv[2:])"
+KEEPER = "import sys; sys.path.append(sys.argv[1]); from zcinfer.ray_node import keep; keep(*sys.argv[2:])"
 # Seconds that the keeper has to end Ray; it gives up after 15 itself
 STOP_TIMEOUT = 20.0
 # Ray starts with no less. Its sockets need 64 of the 107 bytes that a socket's path may have
@@ -37,17 +38,40 @@ FOREIGN = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_NAMES
 INSTEAD = 'or use memory-mapped files instead of Ray, with the setting zcinfer.store: "file".'
 
 
-def token_path() -> Path:
-    """Path of the file with this user's token for our own Rays, made at the first call.
+@dataclass(frozen=True)
+class Place:
+    """Where a node of Ray listens, and of which Ray it is.
+
+    Attributes
+    ----------
+    host : str
+        Address of this machine by which the other nodes reach it. Empty: a Ray of this machine alone.
+    port : int
+        Of the head; 0: any that is free.
+    join : str
+        "HOST:PORT" of the head whose Ray this node becomes part of. Empty: this is the head.
+    """
+
+    host: str = ""
+    port: int = 0
+    join: str = ""
+
+
+ALONE = Place()
+
+
+def token_path(given: str | None = None) -> Path:
+    """Path of the file with the token for our own Rays: this user's, made at the first call, or the one ``given``.
 
     Raises
     ------
     SettingsError
-        The file cannot be made, or others can read it.
+        The file cannot be made, or others can read it; or the given one is not there.
     """
+    if given:
+        return _given_token(Path(given).expanduser().absolute())
     try:
-        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser().absolute()
-        path = state / "zcinfer" / "ray-token"
+        path = _users_file()
         if not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=path.parent) as new:
@@ -66,7 +90,44 @@ def token_path() -> Path:
     return path
 
 
-def ray_environment() -> dict[str, str]:
+def _users_file() -> Path:
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser().absolute()
+    return state / "zcinfer" / "ray-token"
+
+
+def _given_token(path: Path) -> Path:
+    try:
+        status, token = path.stat(), path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"the token file {path} (zcinfer.ray.token-file) cannot be read: {error}. Copy the head's to it, mode 0600."
+        ) from error
+    if not token:
+        raise SettingsError(f"the token file {path} (zcinfer.ray.token-file) is empty. Copy the head's to it.")
+    # A group may read it, since secrets that are mounted into containers belong to root and a group
+    if status.st_mode & 0o027:
+        raise SettingsError(
+            f"others can read or change the token file {path} (mode {status.st_mode & 0o7777:o}), and so use your Ray. "
+            f"chmod 600 {path}; if somebody may have read it, remove the head's, start the head anew and copy again."
+        )
+    return path
+
+
+def runs_here(address: str) -> bool:
+    """Whether a node of this user's own Ray at ``address`` runs on this machine."""
+    for record in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/ray_current_cluster"):
+        with contextlib.suppress(OSError, ValueError):
+            if record.stat().st_uid == os.geteuid() and record.read_text().strip() == address:
+                return True
+    return False
+
+
+def has_token(given: str | None = None) -> bool:
+    """Whether there is a token already, which `token_path` would not make."""
+    return bool(given) or _users_file().exists()
+
+
+def ray_environment(token_file: str | None = None) -> dict[str, str]:
     """Environment that a process needs, from before it imports ray, to be let into our own Ray.
 
     Examples
@@ -76,19 +137,19 @@ def ray_environment() -> dict[str, str]:
     """
     return {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_path()),
+        "RAY_AUTH_TOKEN_PATH": str(token_path(token_file)),
         "RAY_AUTH_TOKEN": "",  # the user's own would win over the path; empty counts as unset
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
 
 class OwnRay:
-    """A running Ray of our own, made by `start`.
+    """A running node of a Ray of our own, made by `start`.
 
     Attributes
     ----------
     address : str
-        "HOST:PORT" for ``ray.init``.
+        "HOST:PORT" of its head, for ``ray.init``.
 
     Notes
     -----
@@ -98,15 +159,16 @@ class OwnRay:
 
     address: str
 
-    def __init__(self, directory: Path, object_store_memory: int) -> None:
+    def __init__(self, directory: Path, object_store_memory: int, place: Place, token_file: str | None) -> None:
         self._pid = os.getpid()
+        self._place = place
         self._directory = directory
         self._stopping = threading.RLock()
         self._claim = claim(directory)
-        environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | ray_environment()
-        environment[MARK] = str(directory)
+        environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+        environment |= ray_environment(token_file) | {MARK: str(directory)}
         # The way to have Ray bind the loopback interface alone, as it does on macOS and Windows
-        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1" if place.host else "0"
         # With ray[default] installed, a second of the start
         environment["RAY_enable_metrics_collection"] = "0"
         # Ray leaves GPUs visible to actors that ask for none
@@ -114,7 +176,10 @@ class OwnRay:
         package = str(Path(__file__).resolve().parents[1])
         with open(directory / LOG, "wb") as log:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-P", "-c", KEEPER, package, str(directory), str(object_store_memory)],
+                [
+                    *(sys.executable, "-P", "-c", KEEPER, package, str(directory), str(object_store_memory)),
+                    *(place.host, str(place.port), place.join),
+                ],
                 env=environment,
                 cwd=directory,
                 stdin=subprocess.PIPE,
@@ -142,13 +207,13 @@ class OwnRay:
             raise self._failure(
                 f"did not start: `ray start` ended with status {answer['status']}. Mend what it complains of below"
             )
-        self.address = f"{_loopback()}:{answer['port']}"
+        self.address = self._place.join or f"{self._place.host or _loopback()}:{answer['port']}"
 
     def _failure(self, what: str) -> StoreUnavailable:
         printed: list[str] = []
         with contextlib.suppress(OSError):
             printed = (self._directory / LOG).read_text(errors="replace").splitlines()
-        # That a port is in use is our doing, see ray_head
+        # That a port is in use is our doing, see ray_node
         tail = [line for line in printed if "already occupied" not in line][-20:]
         return StoreUnavailable(f"our own Ray {what}, {INSTEAD} The last that `ray start` printed:\n" + "\n".join(tail))
 
@@ -191,8 +256,10 @@ def _release_in_child() -> None:
 os.register_at_fork(after_in_child=_release_in_child)
 
 
-def start(object_store_memory: int | None, timeout: float) -> OwnRay:
-    """Start a Ray of our own, in about two seconds.
+def start(
+    object_store_memory: int | None, timeout: float, place: Place = ALONE, token_file: str | None = None
+) -> OwnRay:
+    """Start a Ray of our own, or a further node of one, in about two seconds.
 
     Parameters
     ----------
@@ -200,6 +267,10 @@ def start(object_store_memory: int | None, timeout: float) -> OwnRay:
         Bytes of shared memory for objects; by default 30 % of the memory, if /dev/shm has that.
     timeout : float
         Seconds until the start is given up.
+    place : Place
+        Where it listens. Default: for this machine alone.
+    token_file : str, optional
+        Path of the token; by default this user's.
 
     Raises
     ------
@@ -208,14 +279,14 @@ def start(object_store_memory: int | None, timeout: float) -> OwnRay:
     """
     deadline = time.monotonic() + timeout
     size = _object_store_bytes(object_store_memory)
-    place = tempfile.gettempdir()
-    if len(os.fsencode(place)) + len(f"/{PREFIX}12345678") > LONGEST_DIRECTORY:
-        place = "/tmp"
-    sweep(Path(place))
-    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) + len(f"/{PREFIX}12345678") > LONGEST_DIRECTORY:
+        parent = "/tmp"
+    sweep(Path(parent))
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     ray = None
     try:
-        ray = OwnRay(directory, size)
+        ray = OwnRay(directory, size, place, token_file)
         ray._connect(deadline)
     except BaseException:
         if ray is None:

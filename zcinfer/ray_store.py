@@ -27,10 +27,12 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import ray
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+import ray.experimental
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from . import config, keeper
-from .archive import MARGIN
+from .archive import MARGIN, WEIGHTS
 from .description import Bytes, Description
 from .errors import StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
@@ -46,6 +48,10 @@ T = TypeVar("T")
 Head = tuple[Description, bytes]  # description and skeleton of a model
 
 NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
+# Bytes a second
+SLOWEST_DISK, SLOWEST_NETWORK = 50e6, 10e6
+# In the environment for a Ray that asks for our token
+TOKEN = "RAY_AUTH_TOKEN_PATH"
 
 
 class RayStore:
@@ -57,14 +63,14 @@ class RayStore:
         "HOST:PORT" of the Ray cluster.
     registry : Registry
     environment : dict of str to str, optional
-        Variables that Ray's clients need, as the path of the token of our own Ray.
+        Variables that Ray's clients need, as the path of the token of our own Ray. Default: found by asking.
     own : keeper.OwnRay, optional
         Ends with this store.
 
     Raises
     ------
     StoreUnavailable
-        Nothing answers at that address within ``zcinfer.ray.timeout`` seconds.
+        Nothing answers at that address within ``zcinfer.ray.timeout`` seconds, or it refuses our token.
     """
 
     def __init__(
@@ -77,7 +83,6 @@ class RayStore:
         self.address = address
         self.registry = registry
         self._own = own
-        self._environment = environment or {}
         self._timeout = float(config.get("ray.timeout"))
         self._lost = threading.Event()
         self._retry_at = 0.0
@@ -88,13 +93,16 @@ class RayStore:
         # A Ray just started needs a second or two to start its first worker process.
         patience = float(config.get("ray.start-timeout")) if own else self._timeout
         deadline = monotonic() + patience
-        _probe(address, patience)
+        probe(address, patience)
+        self._environment = environment or {}
+        if own is None:
+            self._environment = _admitted(address, environment, patience)
+        self._ours = TOKEN in self._environment
         self._session = _Session.enter(
             address, self._environment, lambda call: self._within(deadline - monotonic(), call)
         )
         try:
-            ours = bool(self._environment)
-            self._holder, raylet, self._offers = self._within(deadline - monotonic(), lambda: _find_holder(ours))
+            self._holder, raylet, self._offers = self._within(deadline - monotonic(), lambda: _find_holder(self._ours))
         except BaseException:
             self._session.leave(self._timeout)
             raise
@@ -112,11 +120,9 @@ class RayStore:
     def start(cls, registry: Registry) -> RayStore:
         """Start a Ray of our own on this machine, which ends with this store or this process."""
         _refuse_another(None)
-        memory = config.get("ray.object-store-memory")
-        nbytes = None if memory is None else parse_size(memory, "zcinfer.ray.object-store-memory")
-        own = keeper.start(nbytes, timeout=float(config.get("ray.start-timeout")))
+        own = start_node()
         try:
-            return cls(own.address, registry, keeper.ray_environment(), own)
+            return cls(own.address, registry, own_environment(), own)
         except BaseException:
             own.stop()
             raise
@@ -126,13 +132,12 @@ class RayStore:
         """Connect to the store of a URL, filled from another registry if one is given."""
         address, _, query = url.removeprefix("ray:").partition("?")
         options = dict(parse_qsl(query))
-        environment = keeper.ray_environment() if options.get("auth") == "own" else {}
+        environment = own_environment() if options.get("auth") == "own" else None
         return cls(address, registry or Registry(options["registry"]), environment)
 
     @property
     def url(self) -> str:
-        auth = {"auth": "own"} if self._environment else {}
-        return f"ray:{self.address}?{urlencode({'registry': self.registry.directory, **auth})}"
+        return store_url(self.address, self.registry, self._ours)
 
     @property
     def alive(self) -> bool:
@@ -169,6 +174,13 @@ class RayStore:
         request = self._holder.fetch
         directory = str(self.registry.directory)
         self._within(self._patience(digest), lambda: ray.get(request.remote(digest, directory)))
+
+    def bring(self, digest: str) -> int:
+        if digest in self._mapped:
+            return 0
+        found, nbytes = self._within(self._patience(digest), lambda: self._bring(digest))
+        self._keep(digest, found)
+        return nbytes
 
     def forget(self, digest: str) -> None:
         self._offers = {}
@@ -256,17 +268,27 @@ class RayStore:
             arrays = ray.get(references)
         return _Object(arrays, _read(head))
 
+    def _bring(self, digest: str) -> tuple[_Object, int]:
+        head, references = self._ask(digest)
+        here = ray.get_runtime_context().get_node_id()
+        places = ray.experimental.get_object_locations(references).values()
+        nbytes = sum(place["object_size"] for place in places if here not in place["node_ids"])
+        return _Object(ray.get(references), _read(head)), nbytes
+
     def _ask(self, digest: str) -> tuple[bytes, list[Any]]:
         answer: tuple[bytes, list[Any]] = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
         return answer
 
     def _patience(self, digest: str) -> float:
-        """Seconds to wait for a model: the holder may have to read it from a slow disk and put it first."""
+        """Seconds to wait for a model: the holder may have to read it from a slow disk, the network to carry it."""
         try:
-            nbytes = os.stat(self.registry.directory / "archives" / digest / "weights.safetensors").st_size
+            nbytes = os.stat(self.registry.directory / "archives" / digest / WEIGHTS).st_size
         except OSError:
-            nbytes = 0
-        return self._timeout + nbytes / 50e6
+            # Another machine has the archive. All nodes may ask that one at a time, and there is no other way.
+            directory = str(self.registry.directory)
+            nbytes = int(self._within(self._timeout, lambda: ray.get(self._holder.size.remote(digest, directory))))
+            return self._timeout + nbytes / SLOWEST_NETWORK
+        return self._timeout + nbytes / SLOWEST_DISK
 
     def _within(self, seconds: float, function: Callable[[], T]) -> T:
         self._check_raylet()
@@ -291,6 +313,24 @@ class RayStore:
         if isinstance(ours, ZcinferError):
             raise ours
         raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def start_node(place: keeper.Place = keeper.ALONE) -> keeper.OwnRay:
+    """Start a node of our own Ray as the settings say."""
+    memory = config.get("ray.object-store-memory")
+    nbytes = None if memory is None else parse_size(memory, "zcinfer.ray.object-store-memory")
+    return keeper.start(nbytes, float(config.get("ray.start-timeout")), place, config.get("ray.token-file"))
+
+
+def own_environment() -> dict[str, str]:
+    """Variables that let a process into our own Ray, as the settings say."""
+    return keeper.ray_environment(config.get("ray.token-file"))
+
+
+def store_url(address: str, registry: Registry, ours: bool) -> str:
+    """URL of the store in the Ray at ``address``; ``ours``: one that asks for our token."""
+    auth = {"auth": "own"} if ours else {}
+    return f"ray:{address}?{urlencode({'registry': registry.directory, **auth})}"
 
 
 class _Object(Plasma):
@@ -322,7 +362,7 @@ class _Session:
             cls.current.copy_loaded()
             cls.current.leave(float(config.get("ray.timeout")))
         users = _refuse_another(address)
-        session = cls(address, environment or _users_token(), users)
+        session = cls(address, environment, users)
         if not users:
             within(session._connect)
         session.entered = True
@@ -330,12 +370,12 @@ class _Session:
         return session
 
     def _connect(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self._environment}
-        self._set(self._environment)
+        self._before = _set(self._environment)
         # Ray's own start-up notes would land in the middle of a progress bar.
         logging.getLogger("ray").setLevel(logging.ERROR)
         ray.init(
             address=self.address,
+            _node_ip_address=config.get("ray.host"),
             namespace=NAMESPACE,
             log_to_driver=False,
             configure_logging=False,
@@ -365,19 +405,22 @@ class _Session:
             if not self.users:
                 # With the raylet gone, shutdown may hang as every other call.
                 _join_within(seconds, ray.shutdown)
-                self._set(self._before)
+                _set(self._before)
 
-    @staticmethod
-    def _set(environment: Mapping[str, str | None]) -> None:
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        if environment:
-            # Ray reads these variables when it is imported, which a script may have done long ago.
-            Config.initialize("")
-            AuthenticationTokenLoader.instance().reset_cache()
+
+def _set(environment: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set variables that Ray's clients need, and return what they were."""
+    before = {name: os.environ.get(name) for name in environment}
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if environment:
+        # Ray reads these variables when it is imported, which a script may have done long ago.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+    return before
 
 
 def _refuse_another(address: str | None) -> bool:
@@ -393,7 +436,7 @@ def _refuse_another(address: str | None) -> bool:
     return True
 
 
-def _probe(address: str, timeout: float) -> None:
+def probe(address: str, timeout: float) -> None:
     """See that something listens before ray.init, which would try for minutes."""
     try:
         parts = urlsplit(f"//{address}")
@@ -405,6 +448,51 @@ def _probe(address: str, timeout: float) -> None:
             f"no Ray answers at {address!r}: {error}. Check the address (store='ray:HOST:PORT', RAY_ADDRESS or "
             "zcinfer.ray.address), or leave it out to have one started here."
         ) from None
+
+
+def nodes(address: str, environment: dict[str, str], seconds: float) -> list[str] | None:
+    """Addresses of the nodes of the Ray at ``address``, without entering it; None: it refuses the token.
+
+    Raises
+    ------
+    StoreUnavailable
+        What answers there is no Ray.
+    """
+
+    def ask() -> list[str]:
+        found = GcsClient(address).get_all_node_info(timeout=seconds).values()
+        return [node.node_manager_address for node in found if node.state == GcsNodeInfo.ALIVE]
+
+    before = _set(environment)
+    try:
+        outcome = _join_within(seconds, ask)
+    finally:
+        _set(before)
+    result, error = outcome or (None, TimeoutError(f"no answer within {seconds:.0f} s"))
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        return None
+    if error is not None:
+        raise StoreUnavailable(f"what listens at {address!r} is no Ray: {_first_line(error)}") from None
+    return result
+
+
+def _admitted(address: str, environment: dict[str, str] | None, seconds: float) -> dict[str, str]:
+    """The environment by which Ray lets us in: the one given, else the user's or that of our own Ray."""
+    if ray.is_initialized() and _Session.current is None:
+        return environment or {}  # the user's program is in it
+    token_file = config.get("ray.token-file")
+    ours = keeper.has_token(token_file)
+    candidates = [environment] if environment else [_users_token(), *([own_environment()] if ours else [])]
+    if token_file or keeper.runs_here(address):
+        candidates.reverse()  # Ray prints a warning where it is refused
+    for candidate in candidates:
+        if nodes(address, candidate, seconds) is not None:
+            return candidate
+    tried = keeper.token_path(token_file) if environment or ours else "none of ours is here"
+    raise StoreUnavailable(
+        f"Ray at {address} asks for another token than this process has ({tried}). Copy the token file of its head to "
+        "this machine (mode 0600) and give its path: zcinfer.ray.token-file, or DASK_ZCINFER__RAY__TOKEN_FILE."
+    )
 
 
 def _users_token() -> dict[str, str]:
@@ -430,6 +518,8 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
             # Ray leaves an actor without GPUs all of them to see; the holder must not open one. Our own Ray hides them
             # itself: an environment of its own would keep the holder from the worker process that is there already.
             runtime_env={} if ours else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+            # Where the archives are, of a cluster whose machines have no directory in common.
+            resources={"node:__internal_head__": 0.001} if ours else {},
         )
         .remote(capacity, ray.put, ray.get)
     )

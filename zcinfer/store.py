@@ -115,6 +115,9 @@ class Store(Protocol):
     def publish(self, digest: str) -> None:
         """Have a model ready in the cache; raises `StoreFull` if it does not fit."""
 
+    def bring(self, digest: str) -> int:
+        """Have a model in the memory of this machine; returns the bytes that came from elsewhere for it."""
+
     def forget(self, digest: str) -> None:
         """Drop a model from the cache. Who has it mapped keeps it."""
 
@@ -187,6 +190,10 @@ class FileStore:
 
     def publish(self, digest: str) -> None:
         self.registry.archive(digest)
+
+    def bring(self, digest: str) -> int:
+        opened = self._open(digest)
+        return sum(archive.read_ahead() for archive in (opened.archive, opened.base) if archive is not None)
 
     def forget(self, digest: str) -> None:
         self._read.pop(digest, None)

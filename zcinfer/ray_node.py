@@ -1,4 +1,4 @@
-"""The keeper process: Ray's head node as a tree below one process, which ends all of it and itself.
+"""The keeper process: a node of Ray as a tree below one process, which ends all of it and itself.
 
 Nothing here is called by users, and nothing imports Ray: `zcinfer.keeper` starts this process and holds the pipe
 whose end tells it to stop. What a killed keeper left behind is found by marks, and removed by `clear` and `sweep`.
@@ -32,8 +32,11 @@ MARK, RECORD = "ZCINFER_KEEPER", "keeper"
 GRACE, LONGEST_END, UNRECORDED = 2.0, 15.0, 60.0
 
 
-def keep(directory: str, object_store_memory: str) -> None:
-    """Start Ray, report to standard output as a line of JSON, end Ray at the end of standard input or on a signal."""
+def keep(directory: str, object_store_memory: str, host: str, port: str, join: str) -> None:
+    """Start Ray, report to standard output as a line of JSON, end Ray at the end of standard input or on a signal.
+
+    ``host`` and ``join`` are empty for a head that this machine alone can reach, and ``join`` for any head.
+    """
     pr_set_child_subreaper = 36
     # Ray's processes detach themselves from what started them, and so become children of this one
     ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
@@ -54,9 +57,10 @@ def keep(directory: str, object_store_memory: str) -> None:
         # A child of the parent that C code forked may hold the pipe open when the parent is gone
         poller.register(os.pidfd_open(os.getppid()), select.POLLIN)
     busy = [socket.socket(), socket.socket()]
-    for port in busy:
-        port.bind(("127.0.0.1", 0))
-    command = _ray_start(directory, object_store_memory, *(port.getsockname()[1] for port in busy))
+    for taken in busy:
+        taken.bind(("127.0.0.1", 0))
+    ports = [taken.getsockname()[1] for taken in busy]
+    command = _ray_start(directory, object_store_memory, host or "127.0.0.1", port, join, *ports)
     ray_start: subprocess.Popen[bytes] | None = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
     while {descriptor for descriptor, _ in poller.poll()} == {woken}:
         if set(os.read(woken, 4096)) != {signal.SIGCHLD}:
@@ -71,29 +75,37 @@ def keep(directory: str, object_store_memory: str) -> None:
     sys.exit(not ended)
 
 
-def _ray_start(directory: str, object_store_memory: str, busy: int, also_busy: int) -> list[str]:
+def _ray_start(
+    directory: str, object_store_memory: str, host: str, port: str, join: str, busy: int, also_busy: int
+) -> list[str]:
     options: dict[str, str | int] = {
-        "port": 0,
-        "node-ip-address": "127.0.0.1",
+        "node-ip-address": host,
         "temp-dir": directory,
         "object-store-memory": object_store_memory,
-        "num-cpus": 1,  # one worker is then started ahead of need, and the holder gets it
         "num-gpus": 0,
         # Fixed by default: two Rays on one machine would meet
         "min-worker-port": 0,
         "max-worker-port": 0,
         "dashboard-agent-listen-port": 0,
         "include-log-monitor": "false",
-        # Even without a dashboard its process starts (60 MB, 0.6 s), unless the port is in use
-        "include-dashboard": "false",
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": busy,
     }
-    if importlib.util.find_spec("grpc") is not None:
-        # Ray then serves Ray Client as well (55 MB), unless the port is in use
-        options["ray-client-server-port"] = also_busy
-    # The monitor is the autoscaler (50 MB)
-    flags = ["--head", "--disable-usage-stats", "--no-monitor", *(f"--{key}={value}" for key, value in options.items())]
+    if join:
+        options |= {"address": join, "num-cpus": 0}  # nothing runs there: it holds memory
+        flags = []
+    else:
+        options |= {
+            "port": port,
+            "num-cpus": 1,  # one worker is then started ahead of need, and the holder gets it
+            # Even without a dashboard its process starts (60 MB, 0.6 s), unless the port is in use
+            "include-dashboard": "false",
+            "dashboard-host": "127.0.0.1",
+            "dashboard-port": busy,
+        }
+        if importlib.util.find_spec("grpc") is not None:
+            # Ray then serves Ray Client as well (55 MB), unless the port is in use
+            options["ray-client-server-port"] = also_busy
+        flags = ["--head", "--no-monitor"]  # the monitor is the autoscaler (50 MB)
+    flags += ["--disable-usage-stats", *(f"--{key}={value}" for key, value in options.items())]
     return [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *flags]
 
 
