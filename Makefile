@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo example test test-slow bench lint types check format ci constraints clean help
+.PHONY: demo example test test-slow bench docker-check lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -45,6 +45,9 @@ bench: $(VENV)/.test ## all benchmarks (ARGS=--quick: under 10 minutes), or one,
 
 bench-%: $(VENV)/.test
 	@exec $(BIN)/zcinfer bench $* $(ARGS)
+
+docker-check: ## build the image with docker, podman or buildah, and run the demo in it
+	@TORCH_INDEX="$(TORCH_INDEX)" exec docker/check
 
 lint: $(VENV)/.test ## ruff: rules and format
 	@$(BIN)/ruff check .

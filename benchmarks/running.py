@@ -40,6 +40,7 @@ ENTRIES = {
     "models": Entry("many_models", (*SHOWN, "transformers")),
     "overlap": Entry("overlap", (*SHOWN, "aiohttp")),
     "windows": Entry("windows", SHOWN),
+    "nodes": Entry("nodes", SHOWN),
     "gpu": Entry("gpu", SHOWN, "it needs a GPU, and is not written yet: workers are not pinned to GPUs so far"),
 }
 

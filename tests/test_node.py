@@ -22,8 +22,8 @@ from distributed import Client, Scheduler
 from processes import living, wait_until
 
 import zcinfer as zc
-from benchmarks.hosts import Command, commands
 from zcinfer import catalog, joining, keeper, loading
+from zcinfer.benchmarks.hosts import Command, commands
 from zcinfer.cli import main
 from zcinfer.errors import NodeError, SettingsError
 from zcinfer.joining import HEAD, Offer, versions
@@ -73,6 +73,20 @@ def test_an_address_that_is_dead() -> None:
     assert "zcinfer node --head --host" in said
 
 
+def test_a_head_that_is_not_up_yet_is_waited_for() -> None:
+    port = free_port()
+
+    async def late() -> Offer:
+        asking = asyncio.create_task(joining.ask(f"127.0.0.1:{port}", wait=30))
+        await asyncio.sleep(0)  # it has asked once
+        async with Scheduler(host="127.0.0.1", port=port, dashboard=False, dashboard_address="127.0.0.1:0") as head:
+            head.set_metadata(keys=[HEAD], value=offer.to_json())
+            return await asking
+
+    offer = Offer("127.0.0.1:1", "/models", versions())
+    assert asyncio.run(late()) == offer
+
+
 def test_an_address_of_something_else() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.MonkeyPatch.context() as patch:
         patch.setattr(joining, "PATIENCE", 0.5)
@@ -119,6 +133,11 @@ def test_ports_in_use_are_refused_before_anything_starts() -> None:
 def test_an_address_of_another_machine() -> None:
     with pytest.raises(SettingsError, match=r"192\.0\.2\.1.*--host ADDRESS"):
         serve(Head("192.0.2.1"), Workers(), print)
+
+
+def test_a_name_without_an_address() -> None:
+    with pytest.raises(SettingsError, match=r"--host 'no\.such\.invalid'"):
+        serve(Head("no.such.invalid"), Workers(), print)
 
 
 def test_a_memory_limit_that_is_no_size() -> None:

@@ -319,7 +319,7 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
         catalog.disconnect()
 
 
-_BENCHMARKS = ("load", "article", "talk", "throughput", "models", "overlap", "windows", "gpu", "all")
+_BENCHMARKS = ("load", "article", "talk", "throughput", "models", "overlap", "windows", "nodes", "gpu", "all")
 
 
 @main.command()
@@ -341,6 +341,7 @@ def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], 
       throughput  rows per second, beside other frameworks
       models      many models on demand: the largest rate of requests held
       windows     memory that windows of time series take
+      nodes       how a model comes to 2, 4 and 8 nodes, on hosts made of namespaces (needs root)
       gpu         needs a GPU
 
     Results are compared before a time counts. Prints tables; writes JSON, CSV, Markdown and a page with plots
@@ -366,6 +367,8 @@ def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], 
               help="Port of the head's Ray.")  # fmt: skip
 @click.option("--token-file", metavar="FILE",
               help="Ray's token, a copy of the head's file (mode 0600). Default: this user's own.")  # fmt: skip
+@click.option("--wait", type=click.FloatRange(0), default=0, show_default=True,
+              help="Seconds that --join waits for a head which is not up yet.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), help="Worker processes here. Default: one per core.")
 @click.option("--memory-limit", default="auto", show_default=True, help="Private memory a worker may use.")
 @click.pass_context
@@ -377,6 +380,7 @@ def node(
     port: int,
     ray_port: int,
     token_file: str | None,
+    wait: float,
     workers: int | None,
     memory_limit: str,
 ) -> None:
@@ -399,7 +403,7 @@ def node(
 
     _see_here()
     with dask.config.set({"zcinfer.ray.token-file": token_file} if token_file else {}):
-        role = Head(host, port, ray_port) if join is None else Member(join, host)
+        role = Head(host, port, ray_port) if join is None else Member(join, host, wait)
         serve(role, Workers(workers, memory_limit), click.echo)
 
 

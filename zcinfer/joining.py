@@ -10,6 +10,7 @@ import platform
 import socket
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -103,21 +104,31 @@ def protocol() -> str:
     return "tls" if dask.config.get("distributed.comm.require-encryption") else "tcp"
 
 
-async def ask(address: str) -> Offer:
-    """What the head offers whose scheduler is at ``address``.
+async def ask(address: str, wait: float = 0.0) -> Offer:
+    """What the head offers whose scheduler is at ``address``, or will be within ``wait`` seconds.
 
     Raises
     ------
     NodeError
         Nothing answers there, or not the head of a cluster of ours.
     """
-    host, port = _split(address)
+    deadline = monotonic() + wait
+    while True:
+        try:
+            return await _ask(address)
+        except NodeError:
+            if monotonic() >= deadline:
+                raise
+        await asyncio.sleep(0.5)
+
+
+async def _ask(address: str) -> Offer:
     try:
-        socket.create_connection((host, port), timeout=PATIENCE).close()
+        socket.create_connection(_split(address), timeout=PATIENCE).close()
     except OSError as error:
         raise NodeError(
             f"nothing answers at {address!r}: {error}. Does `zcinfer node --head --host ADDRESS` run there, and is no "
-            "firewall between? Give the address that it prints."
+            "firewall between? Give the address that it prints; --wait SECONDS waits for a head that starts now."
         ) from None
     try:
         async with rpc(address, connection_args=Security().get_connection_args("client")) as scheduler:

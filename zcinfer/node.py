@@ -14,7 +14,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -41,7 +41,7 @@ class Head:
     Attributes
     ----------
     host : str
-        Its address on their network. Empty: it listens on 127.0.0.1, and nobody can join.
+        Its address on their network, or a name of it. Empty: it listens on 127.0.0.1, and nobody can join.
     port, ray_port : int
         Of Dask's scheduler and of Ray; 0: any that is free.
     """
@@ -61,10 +61,13 @@ class Member:
         Of the head's scheduler, "tcp://HOST:PORT" or "HOST:PORT".
     host : str
         This machine's address on that network. Empty: that from which it reaches the head.
+    wait : float
+        Seconds that the head may take until it answers.
     """
 
     address: str
     host: str = ""
+    wait: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,9 +130,10 @@ async def _serve(role: Head | Member, workers: Workers, announce: Callable[[str]
 
 
 async def _be_head(role: Head, workers: Workers, announce: Callable[[str], object]) -> None:
+    role = replace(role, host=_numeric(role.host))
     host = role.host or LOOPBACK
     _check_port(host, role.port, "port")
-    _check_port(host if role.host else LOOPBACK, role.ray_port, "ray-port")
+    _check_port(host, role.ray_port, "ray-port")
     async with AsyncExitStack() as stack:
         # A Ray of this machine alone has a port of its own, as no other machine need know it
         ray = await _ray(stack, Place(role.host, role.ray_port) if role.host else ALONE)
@@ -156,8 +160,10 @@ async def _be_head(role: Head, workers: Workers, announce: Callable[[str], objec
 async def _be_member(role: Member, workers: Workers, announce: Callable[[str], object]) -> None:
     if workers.count < 1:
         raise SettingsError("a machine that joins has one worker at least: nobody else there would read the models")
-    offer = await ask(role.address)
-    host = role.host or local_host(role.address)
+    if "://" not in role.address:
+        role = replace(role, address=f"{protocol()}://{role.address}")
+    offer = await ask(role.address, role.wait)
+    host = _numeric(role.host) or local_host(role.address)
     _check_port(host, 0, "host")
     offer.check(host)
     async with AsyncExitStack() as stack:
@@ -229,6 +235,14 @@ def _end_on_signals() -> asyncio.Event:
     return ended
 
 
+def _numeric(host: str) -> str:
+    """The address of a name: Ray's nodes know each other by numbers alone."""
+    try:
+        return socket.gethostbyname(host) if host else ""
+    except OSError as error:
+        raise SettingsError(f"no address is known for --host {host!r}: {error}. Give it in numbers.") from None
+
+
 def _check_port(host: str, port: int, option: str) -> None:
     """Refuse an address that is not this machine's, and a port that another program listens on."""
     try:
@@ -257,7 +271,8 @@ def _user_of(port: int) -> str:
 
 
 def _workers_text(workers: Workers) -> str:
-    return f"{workers.count} workers, {format_size(workers.nbytes)} of private memory each"
+    many = "1 worker" if workers.count == 1 else f"{workers.count} workers"
+    return f"{many}, {format_size(workers.nbytes)} of private memory each"
 
 
 def _head_text(role: Head, workers: Workers, scheduler: str, ray: str) -> str:
