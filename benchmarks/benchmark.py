@@ -55,8 +55,9 @@ class Benchmark:
     method : str
         How it is measured, and what it does not show: Markdown.
     measure : callable
-        Gives the results, in JSON types: seconds, bytes, and `measure.summary`. ``results["bars"]``, if it is there, is
-        made of `bar`; ``results["absent"]`` maps what cannot run here to the reason.
+        Gives the results, in JSON types: seconds, bytes, and `measure.summary`; "on", "quick" and "took" are added to
+        them. ``results["bars"]``, if it is there, is made of `bar`; ``results["absent"]`` maps what cannot run here to
+        the reason.
     tables, figures : callable
         Give tables, and plots of Bokeh, of the results.
     """

@@ -48,7 +48,7 @@ def bars(
     bottom, top = min(positive) / 2, max(positive) * 4
     plot = figure(
         title=title, y_range=names, x_axis_type="log", x_range=(bottom, top),
-        width=900, height=80 + 30 * len(names), x_axis_label=unit, toolbar_location=None,
+        width=900, height=80 + 30 * len(names) + (40 if marks else 0), x_axis_label=unit, toolbar_location=None,
     )  # fmt: skip
     source = ColumnDataSource({
         "name": names,
@@ -66,6 +66,6 @@ def bars(
             x=list(marks.values()), y=list(marks), marker="diamond", size=12, line_color=PUBLISHED, fill_color="white",
             line_width=2, legend_label="published, on another machine",
         )  # fmt: skip
-        plot.legend.location = "bottom_right"
+        plot.add_layout(plot.legend[0], "below")  # beside the bars it would lie on them
     plot.ygrid.grid_line_color = None
     return plot

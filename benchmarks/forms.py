@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -77,8 +77,9 @@ def serve(how: Publisher, name: str, directory: str, connection: Any) -> None:
     with dask.config.set(settings):
         zc.connect("ray")
         try:
-            connection.send(how(name, Path(directory)))
-            connection.poll(None)  # until the other end is closed
+            with suppress(BrokenPipeError):  # nobody needs it any more
+                connection.send(how(name, Path(directory)))
+                connection.poll(None)  # until the other end is closed
         finally:
             zc.disconnect()
 

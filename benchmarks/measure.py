@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ def forked(function: Callable[[], Any]) -> Any:
     child = os.fork()
     if child == 0:
         code = 1
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             os.close(reader)
             gc.collect()

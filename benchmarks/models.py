@@ -87,6 +87,15 @@ SUBJECTS = {
 SMALL_BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
 
 
+MINI_BERT = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+
+
+def mini_bert(seed: int) -> nn.Module:
+    """A BERT of 45 MB, as one of many models."""
+    torch.manual_seed(seed)
+    return _transformers("BertModel", **MINI_BERT)
+
+
 def small_bert(seed: int) -> nn.Module:
     """A BERT of 17 MB, as one of many variants."""
     torch.manual_seed(seed)

@@ -33,15 +33,16 @@ def write(directory: Path, benchmark: Benchmark, results: Mapping[str, Any]) -> 
     kept = [frame.dropna(axis=1, how="all") for frame in frames if len(frame)]
     pd.concat(kept, ignore_index=True).to_csv(path.with_suffix(".csv"), index=False)
     path.with_suffix(".md").write_text(f"# {benchmark.title}\n\n{markdown(benchmark, results)}\n")
-    path.with_suffix(".html").write_text(page(benchmark.title, [(benchmark, results)]))
+    path.with_suffix(".html").write_text(page("zcinfer: a benchmark", [(benchmark, results)]))
 
 
 def facts(results: Mapping[str, Any]) -> str:
     """Where, when and with what it was measured, in one sentence."""
-    packages = ", ".join(f"{name} {version}" for name, version in results["packages"].items())
+    on = results["on"]
+    packages = ", ".join(f"{name} {version}" for name, version in on["packages"].items())
     return (
-        f"{results['when']}, commit {results['commit']}; {results['machine']}, {results['memory'] / 2**30:,.0f} GiB, "
-        f"load average {results['load']:.2f} before; Python {results['python']}, {packages}. "
+        f"{on['when']}, commit {on['commit']}; {on['machine']}, {on['memory'] / 2**30:,.0f} GiB, "
+        f"load average {on['load']:.2f} before; Python {on['python']}, {packages}. "
         f"{'A quick run: its figures say little. ' if results['quick'] else ''}"
         "In brackets: the spread; noisy: quartiles further apart than 30 % of the median."
     )

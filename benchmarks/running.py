@@ -9,9 +9,11 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -30,6 +32,8 @@ class Entry:
     missing: str = ""
 
 
+# Seconds that a benchmark has for its end
+PATIENCE = 30
 SHOWN = ("bokeh", "rich")
 PEERS = ("transformers", "safetensors", "ray_zerocopy")
 ENTRIES = {
@@ -63,10 +67,21 @@ def bench(names: Sequence[str], options: Options, *, docs: bool = False, again: 
     SettingsError
         One cannot run here; says why, and what to install.
     """
-    if len(names) == 1 and names[0] != "all":
-        one(names[0], options, docs=docs, again=again)
-    else:
-        several(list(ENTRIES) if not names or "all" in names else list(dict.fromkeys(names)), options, docs, again)
+    with _ended_by_sigterm():
+        if len(names) == 1 and names[0] != "all":
+            one(names[0], options, docs=docs, again=again)
+        else:
+            several(list(ENTRIES) if not names or "all" in names else list(dict.fromkeys(names)), options, docs, again)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what was started, and removes gigabytes of temporary files, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def why_not(name: str) -> str:
@@ -103,7 +118,7 @@ def one(name: str, options: Options, *, docs: bool, again: bool) -> None:
     path = options.out / f"{name}.json"
     if not again:
         begin = perf_counter()
-        results = machine() | {"quick": options.quick} | benchmark.measure(options)
+        results = {"on": machine(), "quick": options.quick} | benchmark.measure(options)
         results["took"] = perf_counter() - begin
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1))
@@ -131,7 +146,7 @@ def several(names: Sequence[str], options: Options, docs: bool, again: bool) -> 
         command = [sys.executable, "-m", "zcinfer", "bench", name, "--out", str(options.out)]
         command += ["--quick"] * options.quick + ["--docs"] * docs + ["--again"] * again
         command += [word for text in options.only for word in ("--only", text)]
-        if subprocess.run(command, env=os.environ | {"PYTHONPATH": _path()}).returncode != 0:
+        if _called(command) != 0:
             failed.append(name)
     from .pages import page
 
@@ -145,6 +160,20 @@ def several(names: Sequence[str], options: Options, docs: bool, again: bool) -> 
     say(f"{len(good)} benchmarks in {perf_counter() - begin:.0f} s; all of them: {options.out / 'all.html'}")
     if failed:
         raise SettingsError(f"failed, with the reason above: {', '.join(failed)}")
+
+
+def _called(command: Sequence[str]) -> int:
+    """Exit status of a command, which is asked to end where this process is, and has time for it."""
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": _path()}) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _path() -> str:

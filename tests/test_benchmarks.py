@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -18,7 +20,7 @@ from zcinfer import cli
 from zcinfer.benchmarks import pages, running
 from zcinfer.benchmarks.benchmark import Benchmark, Options, all_tables, bar
 from zcinfer.benchmarks.figures import bars
-from zcinfer.benchmarks.machine import machine
+from zcinfer.benchmarks.machine import ROOT, machine
 from zcinfer.benchmarks.measure import interleaved, summary
 from zcinfer.benchmarks.tables import Table, is_noisy, text
 
@@ -38,7 +40,7 @@ EXAMPLE = Benchmark(
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    found = machine() | {"quick": True, "took": 1.0, "a": STEADY, "b": NOISY}
+    found = {"on": machine(), "quick": True, "took": 1.0, "a": STEADY, "b": NOISY}
     found |= {"bars": {"fast": bar(2, 3.0), "small": bar(2, 3.0, most=True)}, "absent": {"CUDA": "no GPU"}}
     return json.loads(json.dumps(found))
 
@@ -97,7 +99,7 @@ def test_files_of_a_run(tmp_path: Path, results: dict[str, Any]) -> None:
     found = frame.query("row == 'zcinfer' and column == 'time'")
     assert found["value"].item() == pytest.approx(11)
     written = (tmp_path / "example.md").read_text()
-    assert results["commit"] in written
+    assert results["on"]["commit"] in written
     assert "| zcinfer | 1.00x" in written
 
 
@@ -127,6 +129,9 @@ def test_tables_go_between_the_marks(tmp_path: Path, results: dict[str, Any]) ->
 
 def test_names_of_the_command_are_the_benchmarks() -> None:
     assert (*running.ENTRIES, "all") == cli._BENCHMARKS
+    docs = (ROOT / "docs" / "benchmarks.md").read_text()
+    written = [name for name, entry in running.ENTRIES.items() if not entry.missing]
+    assert sorted(re.findall(r"<!-- (\w+) -->\n", docs)) == sorted(written)
 
 
 @pytest.mark.parametrize("name", [name for name in running.ENTRIES if not running.why_not(name)])
@@ -151,3 +156,81 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_parts_are_chosen_by_name() -> None:
     assert Options(only=("BERT", "Res")).wants("ResNet-50")
     assert not Options(only=("BERT",)).wants("GPT-2")
+
+
+# The talk's and the models' parts that can be told apart without running them
+
+
+def test_lines_are_those_of_the_user() -> None:
+    from zcinfer.benchmarks import talk, talk_programs
+
+    assert talk.lines(talk_programs.loop) == 4  # its head, the rows, the call, the return; not the clock's
+    assert {talk.PROGRAMS[name][2] for name in talk.OURS} == {8, "auto"}
+
+
+def test_models_are_chosen_with_a_heavy_tail() -> None:
+    from zcinfer.benchmarks.many_models import MODELS, chosen
+
+    numbers = chosen(100_000, 0)
+    counts = [numbers.count(n) for n in range(MODELS)]
+    assert counts[0] / counts[1] == pytest.approx(2, rel=0.05)
+    assert counts[0] / counts[MODELS - 1] == pytest.approx(MODELS, rel=0.1)
+
+
+class Counter:
+    """Answers so many requests a second, one after the other."""
+
+    name = "counter"
+
+    def __init__(self, rate: float, wrong: bool = False):
+        self.seconds, self.wrong, self.lock = 1 / rate, wrong, asyncio.Lock()
+
+    async def start(self) -> None:
+        pass
+
+    async def ask(self, number: int) -> Any:
+        async with self.lock:
+            await asyncio.sleep(self.seconds)
+        return np.array([number + self.wrong])
+
+
+def tried(system: Any, rate: float, seconds: float) -> dict[str, Any]:
+    from zcinfer.benchmarks.many_models import MODELS, trial
+
+    return asyncio.run(trial(system, [np.array([n]) for n in range(MODELS)], rate, seconds))
+
+
+def test_a_rate_is_held_where_no_queue_grows() -> None:
+    held = tried(Counter(200), 50, 1.0)
+    assert held["held"]
+    assert held["p50"] < 0.5
+    late = tried(Counter(40), 100, 0.9)
+    assert not late["held"]
+    assert late["p99"] > 0.5
+
+
+def test_users_who_wait_too_long_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zcinfer.benchmarks.many_models.TIMEOUT", 0.2)
+    found = tried(Counter(10), 100, 5.0)
+    assert not found["held"]
+    assert found["given up"] > 0.01
+
+
+def test_a_wrong_answer_ends_the_benchmark() -> None:
+    with pytest.raises(SystemExit, match="gives another answer"):
+        tried(Counter(1000, wrong=True), 50, 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "only", "results"),
+    [("article", "ResNet", "loads"), ("talk", "process", "programs"), ("models", "resident", "systems")],
+)
+def test_the_smallest_size_runs(name: str, only: str, results: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zcinfer", "bench", name, "--quick", "--only", only, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / f"{name}.json").read_text())[results]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md", ".html"}
