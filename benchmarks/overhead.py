@@ -18,9 +18,10 @@ from distributed import wait
 from torch import nn
 
 import zcinfer as zc
-from benchmarks.measure import interleaved, summary
-from benchmarks.models import small_bert
 from zcinfer.memory import process_memory
+
+from .measure import interleaved, summary
+from .models import small_bert
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK_ROWS, FEATURES = 8, 4
@@ -143,7 +144,8 @@ def switching(rows: int, block: int, rounds: int) -> dict[str, Any]:
             found: Array = zc.predict(models["0"], input_ids=x, **settings).compute()
             return found
 
-        mixed, single = many(), one()
+        for _ in range(2):  # so that each worker has met all
+            mixed, single = many(), one()
         # As every model by itself gives them, in batches of other rows.
         for label in (0, LABELS - 1):
             mine = np.flatnonzero(by == label)[:BATCH]

@@ -1,6 +1,6 @@
 """One measured run: a fresh process and all that it starts, watched from outside, and ended where it hangs.
 
-    python -m benchmarks.runs MODULE:FUNCTION ARGUMENTS RESULT
+    python -m zcinfer.benchmarks.runs MODULE:FUNCTION ARGUMENTS RESULT
 
 is what such a process is. Memory is read from /proc a few times a second, so that short peaks are missed; the times of
 what is done inside are for the process itself to tell.
@@ -28,7 +28,8 @@ from zcinfer.memory import process_memory
 Number = TypeVar("Number", int, float)
 
 MARK = "ZCINFER_BENCHMARK"
-ROOT = Path(__file__).parents[1]
+# Not resolved: benchmarks is a link in a checkout.
+ROOT = Path(__file__).absolute().parents[2]
 # Seconds between looks at the memory, and at the proportional share of it, which costs the process some milliseconds.
 INTERVAL, PSS_INTERVAL = 0.2, 3.0
 # Seconds that a run's processes have for their end, once their first has ended or was asked to.
@@ -132,7 +133,7 @@ def run(function: str, arguments: Mapping[str, Any], timeout: float, env: Mappin
     environment = {**os.environ, **(env or {}), MARK: mark, "PYTHONPATH": path}
     with tempfile.TemporaryDirectory(prefix="zcinfer-run-") as directory:
         answer = Path(directory, "answer.json")
-        command = [sys.executable, "-m", "benchmarks.runs", function, json.dumps(dict(arguments)), str(answer)]
+        command = [sys.executable, "-m", "zcinfer.benchmarks.runs", function, json.dumps(dict(arguments)), str(answer)]
         with open(Path(directory, "stderr"), "w+") as said:
             # A session of its own: Ctrl-C is for this process, which then ends the others.
             process = subprocess.Popen(

@@ -20,7 +20,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import numpy as np
 import torch
 
-from benchmarks.workloads import Array, Npy, Target, Task
+from .workloads import Array, Npy, Target, Task
 
 # The job itself, without start-up: run by each system between two looks at the clock.
 Times = dict[str, float]

@@ -9,30 +9,26 @@ each system's own form before. Memory is that of all processes together, at its 
 *workers* alone (which finished blocks), and *proportional*, in which the inputs count too where they are mapped.
 *Processor seconds* are those of all processes.
 
-    python -m benchmarks.throughput [--quick] [--directory DIRECTORY] [--out DIRECTORY]
+The machine must do nothing else. 4 GB of inputs go to TMPDIR for a while.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
-import signal
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
 
-from benchmarks.comparison import bars_of, figures, report
-from benchmarks.measure import machine, write
-from benchmarks.runs import Outcome, run
-from benchmarks.systems import LIMIT, ONE_PROCESS, OURS, RAY_DATA, SYSTEMS
-from benchmarks.workloads import WORKLOADS
+from .benchmark import Benchmark, Options, say
+from .comparison import bars_of, figures, tables
+from .runs import Outcome, run
+from .systems import LIMIT, ONE_PROCESS, OURS, RAY_DATA, SYSTEMS
+from .workloads import WORKLOADS
 
 SLEEP = "sleep"
 # Systems that sleep: the limit, ours, and whose figures were published.
@@ -42,49 +38,16 @@ QUICK = ("MLP", SLEEP)
 BLOCK_SECONDS, BLOCKS_EACH, TIMEOUT = 0.25, 10, 180.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rows of the MLP, one round, to see that it works")
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), help="default: all")
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--rows", type=int, help="rows of every workload that computes, instead of its own number")
-    parser.add_argument("--rounds", type=int, help="default: 3, and 1 of --quick")
-    parser.add_argument("--without-overhead", action="store_true", help="leave out blocks, graphs and variants")
-    parser.add_argument(
-        "--directory", type=Path, help="where 4 GB of inputs go for a while; default: the temporary one"
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    begin = monotonic()
-    directory = Path(tempfile.mkdtemp(prefix="zcinfer-throughput-", dir=arguments.directory))
-    try:
-        results = measure(arguments, directory)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        shutil.rmtree(directory)
-    results["seconds"] = monotonic() - begin
-    results["bars"] = bars_of(results)
-    text = f"{report(results, __doc__)}\n"
-    write(arguments.out, "throughput", results, text, figures(results))
-    print(text)
-    say(f"written to {arguments.out}/throughput.json, .md and .html, after {results['seconds'] / 60:.1f} minutes")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    bench = Bench(directory, arguments.quick, arguments.rounds or (1 if arguments.quick else 3))
-    results: dict[str, Any] = machine() | {"workloads": {}, "overhead": {}, "cores": bench.cores}
-    for name in arguments.workloads or (QUICK if arguments.quick else WORKLOADS):
-        systems = [system for system in arguments.systems if name != SLEEP or system in SLEEPERS]
-        results["workloads"][name] = bench.workload(name, arguments.rows, systems)
-    if not arguments.without_overhead:
-        results["overhead"] = bench.overhead()
-    return results
+def measure(options: Options) -> dict[str, Any]:
+    """Every workload that is asked for, then what zcinfer costs by itself."""
+    with tempfile.TemporaryDirectory(prefix="zcinfer-throughput-") as directory:
+        bench = Bench(Path(directory), options.quick)
+        names = [name for name in (QUICK if options.quick and not options.only else WORKLOADS) if options.wants(name)]
+        results: dict[str, Any] = {"cores": bench.cores, "workloads": {}, "overhead": bench.overhead(options.wants)}
+        for name in names:
+            systems = SLEEPERS if name == SLEEP else tuple(SYSTEMS)
+            results["workloads"][name] = bench.workload(name, systems)
+    return results | {"bars": bars_of(results)}
 
 
 class Bench:
@@ -96,18 +59,16 @@ class Bench:
         Of inputs, results and a registry of its own.
     quick : bool
         Few rows.
-    rounds : int
-        Runs of each system.
     """
 
-    def __init__(self, directory: Path, quick: bool, rounds: int):
+    def __init__(self, directory: Path, quick: bool):
 
-        self.directory, self.quick, self.rounds = directory, quick, rounds
+        self.directory, self.quick, self.rounds = directory, quick, 1 if quick else 3
         self.cores = len(os.sched_getaffinity(0))
         self.env = {"DASK_ZCINFER__REGISTRY": str(directory / "registry"), "RAY_USAGE_STATS_ENABLED": "0"}
 
-    def workload(self, name: str, asked_rows: int | None, systems: Sequence[str]) -> dict[str, Any]:
-        """Every system at one workload."""
+    def workload(self, name: str, systems: Sequence[str], asked_rows: int | None = None) -> dict[str, Any]:
+        """These systems at one workload, of its own number of rows unless another is asked for."""
         work, place = WORKLOADS[name], self.directory / name
         place.mkdir()
         rows = work.quick_rows if self.quick else work.rows
@@ -116,7 +77,7 @@ class Bench:
         elif asked_rows:
             rows = asked_rows
         say(f"{name}: {rows:,} {work.unit}")
-        made = self._result("benchmarks.workloads:prepare", name=name, directory=str(place), rows=rows)
+        made = self._result("zcinfer.benchmarks.workloads:prepare", name=name, directory=str(place), rows=rows)
         self.task: dict[str, Any] = {
             "workload": name, "directory": str(place), "output": "", "records": "", "rows": rows,
             "block": work.batches[0], "batch": work.batches[0], "processes": self.cores,
@@ -126,7 +87,7 @@ class Bench:
             chosen = dict.fromkeys(systems, sizes | {"framework_batch": work.batches[0], "warm": True})
             rates = None
         else:
-            rates = self._result("benchmarks.systems:rates", task=self.task)
+            rates = self._result("zcinfer.benchmarks.systems:rates", task=self.task)
             chosen = self.chosen(rates, rows, systems)
         found: dict[str, Any] = {
             "rows": rows, "unit": work.unit, **made, "rates": rates, "systems": {}, "chosen": chosen,
@@ -182,7 +143,7 @@ class Bench:
         written[:] = np.nan
         written.flush()
         task |= {"output": str(output), "records": str(records)}
-        outcome = run("benchmarks.systems:perform", {"system": system, "task": task}, TIMEOUT, self.env)
+        outcome = run("zcinfer.benchmarks.systems:perform", {"system": system, "task": task}, TIMEOUT, self.env)
         figures = read(outcome, records, task["rows"])
         shutil.rmtree(records)
         return figures | {"output": str(output)}
@@ -200,20 +161,22 @@ class Bench:
                 if not np.allclose(found, expected, rtol=1e-4, atol=1e-5):
                     outcome["error"] = f"its result differs, by {np.abs(found - expected).max():.1e} at most"
 
-    def overhead(self) -> dict[str, Any]:
-        """What ours costs by block, by graph, by change of model."""
+    def overhead(self, wants: Callable[[str], bool]) -> dict[str, Any]:
+        """What ours costs by block, by graph, by change of model: of these, what is asked for."""
         found = {}
         for name, whole, quick in (
             ("per_block", {"blocks": 4000, "rounds": 3}, {"blocks": 200, "rounds": 1}),
             ("many_blocks", {"blocks": 20_000}, {"blocks": 1000}),
             (
                 "switching",
-                {"rows": 9 * 512, "block": 9 * 128, "rounds": 5},
+                {"rows": 9 * 1536, "block": 9 * 256, "rounds": 3},
                 {"rows": 9 * 64, "block": 9 * 32, "rounds": 1},
             ),
         ):
-            say(f"{name.replace('_', ' ')}")
-            found[name] = self._result(f"benchmarks.overhead:{name}", **(quick if self.quick else whole))
+            if not wants(name):
+                continue
+            say(name.replace("_", " "))
+            found[name] = self._result(f"zcinfer.benchmarks.overhead:{name}", **(quick if self.quick else whole))
         return found
 
     def _result(self, function: str, **arguments: Any) -> Any:
@@ -263,5 +226,4 @@ def told(outcome: Mapping[str, Any]) -> str:
     )
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark("throughput", "Throughput", __doc__, measure, tables, figures)
