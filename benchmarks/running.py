@@ -40,7 +40,7 @@ ENTRIES = {
     "load": Entry("load", (*SHOWN, *PEERS)),
     "article": Entry("article", (*SHOWN, *PEERS)),
     "talk": Entry("talk", SHOWN),
-    "throughput": Entry("throughput", (*SHOWN, "transformers")),
+    "throughput": Entry("throughput", (*SHOWN, "transformers", "pyarrow")),
     "models": Entry("many_models", (*SHOWN, "transformers")),
     "overlap": Entry("overlap", (*SHOWN, "aiohttp")),
     "windows": Entry("windows", SHOWN),

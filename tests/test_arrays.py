@@ -563,3 +563,26 @@ def test_missing_code_on_the_workers_names_the_package(
     assert np.array_equal(compute(y), x * 2)
     with pytest.raises(ModelCodeMissing, match=r"On every worker, make the module 'faraway' importable"):
         y.compute()
+
+
+class File:
+    """What dask slices without holding it, as an array of a file."""
+
+    def __init__(self, *shape: int):
+        self.shape, self.dtype, self.ndim = shape, np.dtype(np.float32), len(shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.ones([len(range(*i.indices(n))) for i, n in zip(index, self.shape, strict=True)], np.float32)
+
+
+@pytest.mark.parametrize("outputs", [3, 5, 1])
+def test_reading_predicting_and_writing_a_block_are_one_task(outputs: int) -> None:
+    zc.put(nn.Linear(4, outputs).eval(), "layer")
+    x = da.from_array(File(40, 4), chunks=(10, 4), inline_array=True)
+    y = zc.predict("layer", x, batch_size=10)
+    stored = da.store(y, np.zeros((40, outputs), np.float32), lock=False, compute=False)
+    (optimised,) = dask.optimize(stored)
+    written = [key for key in optimised.__dask_graph__() if isinstance(key, tuple)]
+    assert len(written) == 4
+    assert y.chunks == ((10,) * 4, (outputs,))
+    assert np.array_equal(y.compute(), zc.predict("layer", np.ones((40, 4), np.float32), batch_size=10))

@@ -52,6 +52,26 @@ def environment_at_birth(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
 
 
+def page_faults() -> Callable[[], int]:
+    def count() -> int:
+        """Page faults of 50 tensors of 1 MiB, made and dropped one after the other."""
+        import resource
+
+        import torch
+
+        torch.ones(1 << 18)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for _ in range(50):
+            torch.ones(1 << 18)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    return count
+
+
+def test_memory_of_a_tensor_is_there_for_the_next(client: Client) -> None:
+    assert client.submit(page_faults()).result(timeout=60) < 4000  # it was 12,800, the pages of all
+
+
 def test_one_worker_a_core(cluster: LocalCluster, client: Client) -> None:
     assert len(cluster.workers) == cpu_count()
     assert set(client.nthreads().values()) == {2}  # one computes, the other reads and writes

@@ -278,21 +278,32 @@ def _lazy(model: BlockModel, inputs: Sequence[Any]) -> Any:
     where = ArrayValuesDep(
         (row_chunks,), {(i,): (i, None if start != start else int(start)) for i, start in enumerate(starts)}
     )
-    # Index 0 is the blocks of rows of all, which lie along axis 0 (of windows: along that of the samples); every other
-    # axis is one chunk and belongs to one array alone.
-    axes = iter(range(1, 1000))
+    # Index 0 is the blocks of rows of all, which lie along axis 0 (of windows: along that of the samples). Every other
+    # axis is one chunk, whose length is nobody's matter: it is called as an axis of the result is, as long as there are
+    # such, since Dask makes one task of reading and predicting only where the result has all axes of what is read.
     pairs: list[Any] = [where, (0,)]
     for array, spec in zip(arrays, expansions, strict=True):
-        blocks_along = spec.axis if spec else 0
-        pairs += [array, tuple(0 if axis == blocks_along else next(axes) for axis in range(array.ndim))]
+        others, blocks_along = iter(range(1, array.ndim)), spec.axis if spec else 0
+        pairs += [array, tuple(0 if axis == blocks_along else next(others) for axis in range(array.ndim))]
     options = {"align_arrays": False, "batch_rows": bound.planned(row_chunks)}
     name = "predict-" + _token(bound, arrays, expansions)
     function = partial(_run_block, bound.of_job(name), expansions)
 
     def layer(function: Callable[..., Any], output: Rows, *pairs: Any, **options: Any) -> Any:
-        new = {next(axes): length for length in output.shape}
-        meta = np.empty((0,) * (1 + len(new)), output.dtype)
-        return da.blockwise(function, (0, *new), *pairs, new_axes=new, dtype=output.dtype, meta=meta, **options)
+        lengths = dict(enumerate(output.shape, start=1))
+        most = max(map(len, pairs[1::2]))
+        # What has no axes left to join needs no joining, and Dask keeps those apart from what does it.
+        options |= {"concatenate": True} if most <= 1 + len(lengths) else {}
+        return da.blockwise(
+            function,
+            (0, *lengths),
+            *pairs,
+            new_axes={axis: length for axis, length in lengths.items() if axis >= most},
+            adjust_chunks={axis: length for axis, length in lengths.items() if axis < most},
+            dtype=output.dtype,
+            meta=np.empty((0,) * (1 + len(lengths)), output.dtype),
+            **options,
+        )
 
     if not bound.several:
         return layer(function, bound.outputs[0], *pairs, **options, name=name)

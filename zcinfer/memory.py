@@ -1,11 +1,12 @@
 """Memory of a process by kind, read from /proc: private (``Anonymous``) and shared (``RssShmem`` + ``RssFile``).
 
 Resident size alone says nothing about zcinfer: a worker that maps a 10 GB model shared by all has 10 GB resident
-and next to nothing of its own.
+and next to nothing of its own. And how much of what it frees a process keeps.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,28 @@ def available() -> int:
         return min(free, max(0, int(limit) - int(used)))
     except (OSError, ValueError):  # no container, or no limit
         return free
+
+
+def keep_freed() -> bool:
+    """Have the C library keep freed memory for the next allocation, as it does by itself if not told otherwise.
+
+    Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536, for which every tensor of more than 128 kB is mapped
+    from the system and given back, and its pages are zeroed anew for each operation.
+
+    Returns
+    -------
+    bool
+        Whether this C library (glibc) takes such advice.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    # Where glibc's own limits end up when a program uses large tensors.
+    return all([mallopt(_M_MMAP_THRESHOLD, 32 << 20), mallopt(_M_TRIM_THRESHOLD, 64 << 20)])
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def _status(field: str) -> int:

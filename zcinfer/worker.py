@@ -1,8 +1,8 @@
 """What a Dask worker needs to read shared models: ``dask worker --preload zcinfer.worker``, and `LocalCluster` itself.
 
 For: memory limits that count what a worker has to itself. A model in shared memory is resident in every worker
-that reads it, and Dask would spill, pause and restart each of them for it. And for counters (`telemetry`), which ride
-on the heartbeat. Not for: models, devices.
+that reads it, and Dask would spill, pause and restart each of them for it. For memory that is freed, which is kept, as
+torch needs it again at once. And for counters (`telemetry`), which ride on the heartbeat. Not for: models, devices.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distributed import NannyPlugin, Status
 from distributed.worker_memory import NannyMemoryManager
 
 from . import prometheus, telemetry
-from .memory import process_memory
+from .memory import keep_freed, process_memory
 
 # Seconds for which a heartbeat tells of a job after its last block
 TOLD = 60.0
@@ -59,14 +59,15 @@ class PrivateMemoryLimit(NannyPlugin):  # type: ignore[misc]
 def dask_setup(worker: Any) -> None:
     """Make the memory limits of ``worker`` and of its nanny, if it has one, count private memory.
 
-    A worker with a nanny also leaves Ctrl-C to it. Dask calls this in every worker process that starts with this
-    preload, and again after each restart of the worker.
+    A worker with a nanny also leaves Ctrl-C to it, and all keep freed memory for the next batch. Dask calls this in
+    every worker process that starts with this preload, and again after each restart of the worker.
     """
     prometheus.show_worker()
     worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD)
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
         return
+    keep_freed()
     # The one figure behind the spill and pause thresholds, the heartbeat and the scheduler's decisions.
     worker.monitor.get_process_memory = lambda: process_memory().private
     if worker.nanny is not None:
