@@ -340,6 +340,7 @@ def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], 
       talk        an MLP over many rows: loop, threads, processes, and zcinfer
       throughput  rows per second, beside other frameworks
       models      many models on demand: the largest rate of requests held
+      overlap     a timeline of a worker that reads while it computes
       windows     memory that windows of time series take
       nodes       how a model comes to 2, 4 and 8 nodes, on hosts made of namespaces (needs root)
       gpu         needs a GPU
