@@ -177,7 +177,7 @@ def overheads(found: Mapping[str, Any]) -> list[Table]:
             "Nothing is computed. Memory is that of client and scheduler, one process, which had "
             f"{memory['before'] / 1e6:,.0f} MB before; the workers have {graph['workers_memory'] / 1e6:,.0f} MB in the "
             "end. Both grow with the number of blocks. What to do beyond: longer blocks, of which a worker must hold a "
-            "few in memory; or the rows in parts, `x[a:b]`, each a graph and a target of its own, one after the other."
+            "few in memory; or the rows in parts, each a graph and a target of its own, one after the other."
         )
         columns = {"step": "", "time": "s", "private memory after it": "MB"}
         made.append(Table(f"{graph['blocks']:,} blocks in one graph", columns, steps, note))
