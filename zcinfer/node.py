@@ -27,6 +27,7 @@ from .cluster import INTERRUPTED, LOOPBACK, Nanny, worker_options
 from .errors import NodeError, SettingsError
 from .joining import HEAD, STORE, Offer, ask, local_host, protocol, versions
 from .keeper import ALONE, OwnRay, Place, token_path
+from .observer import Observer
 from .registry import Registry
 from .sizes import format_size, parse_size
 
@@ -148,6 +149,7 @@ async def _be_head(role: Head, workers: Workers, announce: Callable[[str], objec
         )
         stack.push_async_callback(scheduler.close, reason="zcinfer-node-ends")
         await scheduler
+        await scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
         offer = Offer(ray.address, str(config.registry_directory()), versions())
         scheduler.set_metadata(keys=[STORE], value=offer.url)
         scheduler.set_metadata(keys=[HEAD], value=offer.to_json())
