@@ -426,6 +426,7 @@ class Predictor:
         """Run the model on all rows of a block, batch by batch."""
         device = self._device()
         place = self._place(device)
+        place.known()  # by other processes, before the first batch
         lengths = Lengths(blocks, self.keywords, self.sort_by) if self.sort_by is not None else None
         order = lengths.order if lengths is not None else None
         try:
@@ -488,10 +489,8 @@ class Predictor:
             place.lower(rows // 2)
             clock.halved += 1
 
-        known = place.known()
-        most = known.ceiling if known is not None else len(batch[0])
         try:
-            return in_halves(run, batch, most, is_out_of_memory, told)
+            return in_halves(run, batch, place.ceiling() or len(batch[0]), is_out_of_memory, told)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

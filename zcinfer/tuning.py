@@ -72,6 +72,11 @@ class Place:
             return None
         return _known.setdefault(self.path, found)
 
+    def ceiling(self) -> int | None:
+        """Rows that are known not to be too many, as far as this process has been told; no file is asked."""
+        found = _known.get(self.path)
+        return found.ceiling if found is not None else None
+
     def remember(self, size: Size) -> Size:
         """Keep it, unless another process was first: then that is returned, so that all use the same."""
         with _lock:
