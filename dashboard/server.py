@@ -10,9 +10,10 @@ import json
 import logging
 import pickle
 import secrets
+import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,15 +150,13 @@ class Access:
     Parameters
     ----------
     host : str
-        Address to listen on. Any but one of this machine alone needs ``passwords`` or ``oauth``.
+        Address to listen on. Any but this machine's own needs ``passwords``.
     port : int
         0: any that is free.
     origins : tuple of str
         HOST:PORT by which browsers may call it, where it listens beyond this machine.
     passwords : str or dict of str to str, optional
         One for all, or by name.
-    oauth : dict of str to str
-        Arguments of `panel.serve` for OAuth: ``oauth_provider``, ``oauth_key``, ``oauth_secret`` ...
 
     Raises
     ------
@@ -169,16 +168,14 @@ class Access:
     port: int = 0
     origins: tuple[str, ...] = ()
     passwords: str | dict[str, str] | None = field(default=None, repr=False)
-    oauth: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.host in _LOCAL:
             return
-        if not self.passwords and not self.oauth:
+        if not self.passwords:
             raise SettingsError(
-                f"the dashboard would be open to whoever reaches {self.host}: give --password-file, or an OAuth "
-                "provider (PANEL_OAUTH_PROVIDER and its like, see docs/dashboard.md); or leave out --host and look "
-                "through `ssh -L`."
+                f"the dashboard would be open to whoever reaches {self.host}: give --password-file, or leave out "
+                "--host and look through `ssh -L`."
             )
         if not self.origins:
             raise SettingsError(
@@ -260,9 +257,8 @@ def serve(
     security: Security | None = None,
     listening: socket.socket | None = None,
     ready: Callable[[str], None] = lambda _: None,
-    until: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Serve the page until interrupted.
+    """Serve the page until interrupted or terminated.
 
     Parameters
     ----------
@@ -275,15 +271,13 @@ def serve(
         A socket that listens already, in the place of ``access.port``.
     ready : callable
         Called with the page's URL.
-    until : callable, optional
-        Ends the server when what it returns is done.
 
     Raises
     ------
     SettingsError
         The port is in use.
     """
-    asyncio.run(_serve(address, access, security, listening, ready, until))
+    asyncio.run(_serve(address, access, security, listening, ready))
 
 
 async def _serve(
@@ -292,7 +286,6 @@ async def _serve(
     security: Security | None,
     listening: socket.socket | None,
     ready: Callable[[str], None],
-    until: Callable[[], Awaitable[None]] | None,
 ) -> None:
     poller = Poller(address, security)
     own = listening or _listen(access)
@@ -307,11 +300,12 @@ async def _serve(
         document.add_periodic_callback(lambda: page.update(poller.history, poller.shown, poller.age), 1000)
 
     authentication: dict[str, Any] = {}
-    if access.passwords or access.oauth:
-        authentication = {"cookie_secret": secrets.token_hex(32), **access.oauth}
     if access.passwords:
-        authentication["basic_auth"] = access.passwords
-        authentication["login_template"] = str(Path(__file__).parent / "templates" / "login.html")
+        authentication = {
+            "basic_auth": access.passwords,
+            "cookie_secret": secrets.token_hex(32),
+            "login_template": str(Path(__file__).parent / "templates" / "login.html"),
+        }
     what = {"poller": poller, "hosts": hosts}
     # Panel binds a port of its own; it is closed for ours, which may be one that was made before this program
     server = get_server(
@@ -328,13 +322,13 @@ async def _serve(
     server._http.add_socket(own)
     polling = asyncio.ensure_future(poller.run())
     server.start()
+    end = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # Panel has set some of its own
+        asyncio.get_running_loop().add_signal_handler(number, end.set)
     shown = access.host if access.host != "0.0.0.0" else (access.origins or (LOOPBACK,))[0].partition(":")[0]
     ready(f"http://{shown}:{port}/")
     try:
-        if until is None:
-            await asyncio.Event().wait()
-        else:
-            await until()
+        await end.wait()
     finally:
         polling.cancel()
         server.stop()

@@ -282,12 +282,12 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         }
 
     def _work_of(self, device: Device) -> dict[str, Any]:
-        """Tasks that a worker has now, by job, and the jobs that it has them of, or had."""
+        """Tasks that a worker has now, and the jobs that it has them of, or had."""
         worker = self.scheduler.workers.get(device.address)
-        states = [state for task in worker.processing for state in self._owners.get(task.key, ())] if worker else []
-        now = {state.job.key for state in states}
+        owned = [found for task in worker.processing if (found := self._owners.get(task.key))] if worker else []
+        now = {state.job.key for found in owned for state in found}
         lately = {job for job, at in device.jobs.items() if time.time() - at < LATELY}
-        return {"running": len(states), "jobs": sorted(now | lately)}
+        return {"running": len(owned), "jobs": sorted(now | lately)}
 
     def _sums_of(self, job: JobState) -> dict[str, float]:
         before = self._before[job.number]
