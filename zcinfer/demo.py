@@ -88,6 +88,8 @@ def run_demo(
     with _output(out) as target, _step(say, f"start {workers} workers") as cluster_step:
         with LocalCluster(n_workers=workers) as cluster, cluster.get_client() as client:
             cluster_step()
+            if cluster.page_link is not None:
+                say(f"  watch it in a browser: {cluster.page_link}")
             with _step(say, "start the store") as step:
                 chosen = catalog.connect(store)
                 step(chosen.url.partition("?")[0])

@@ -44,6 +44,7 @@ class JobState:
     def __init__(self, number: int, job: Job, models: list[str], blocks: dict[Any, int], before: int, now: float):
         self.number, self.job, self.models, self.before = number, job, models, before
         self.begun = now
+        self.submission = 0  # of the graph; one may hold several jobs
         self.ended: float | None = None
         self.last: float | None = None
         self.total = sum(blocks.values())
@@ -126,6 +127,7 @@ class JobState:
         counts = {name: self.counts[name] for name in ("queued", "running", "done", "failed", "cancelled")}
         return {
             "number": self.number,
+            "submission": self.submission,
             "job": self.job.key,
             "name": self.job.name,
             "models": self.models,

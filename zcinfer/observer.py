@@ -27,6 +27,8 @@ NAME, HANDLER, METRIC = "zcinfer-observer", "zcinfer_snapshot", "zcinfer"
 
 # Seconds that are remembered; jobs that have ended and are; devices whose history is told.
 HOUR, ENDED, TOLD = 3600, 100, 64
+# Seconds for which a device is said to work for a job after its last block.
+LATELY = 60.0
 _SUMS = ("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved")
 # Columns of a second: of the cluster, and of each device.
 COLUMNS = (*_SUMS, *PHASES)
@@ -147,7 +149,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         self.spent = 0.0
         # Jobs by task: a fused one may hold blocks of several.
         self._owners: dict[Any, list[JobState]] = {}
-        self._number = 0
+        self._number = self._submissions = 0
         # Of each submission: what was counted for its job before.
         self._before: dict[int, np.ndarray] = {}
 
@@ -171,6 +173,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         """Find the jobs of a new graph."""
         begin = time.perf_counter()
         known = scheduler.tasks
+        self._submissions += 1
         for found in jobs_in((key, known[key].run_spec) for key in tasks if key in known):
             self._add(found, known)
         self.spent += time.perf_counter() - begin
@@ -180,6 +183,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         now = time.time()
         self._number += 1
         state = JobState(self._number, found.job, list(found.models), found.blocks, found.before, now)
+        state.submission = self._submissions
         self.jobs[self._number] = state
         self._before[self._number] = self.sums.get(found.job.key, np.zeros(len(COLUMNS)))
         for key in found.blocks:
@@ -270,12 +274,20 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
             "threads": sum(worker.nthreads for worker in self.scheduler.workers.values()),
             "workers": len(self.scheduler.workers),
             "jobs": [job.plain() | {"sums": self._sums_of(job)} for job in self.jobs.values()],
-            "devices": [device.plain() for device in self.devices.values()],
+            "devices": [device.plain() | self._work_of(device) for device in self.devices.values()],
             "models": [{"device": address, **loaded} for (_, address), loaded in self.models.items()],
             "seconds": seconds,
             "columns": dict(zip(COLUMNS, columns, strict=True)),
             "history": {device.address: _history(device, since) for device in told},
         }
+
+    def _work_of(self, device: Device) -> dict[str, Any]:
+        """Tasks that a worker has now, and the jobs that it has them of, or had."""
+        worker = self.scheduler.workers.get(device.address)
+        owned = [found for task in worker.processing if (found := self._owners.get(task.key))] if worker else []
+        now = {state.job.key for found in owned for state in found}
+        lately = {job for job, at in device.jobs.items() if time.time() - at < LATELY}
+        return {"running": len(owned), "jobs": sorted(now | lately)}
 
     def _sums_of(self, job: JobState) -> dict[str, float]:
         before = self._before[job.number]
