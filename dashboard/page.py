@@ -54,6 +54,8 @@ class Page:
         document.template = template("page")
         document.template_variables.update(sections=shown, recorded=False, at=history.now)
         document.title = title(history)
+        # A document follows the models that its roots refer to, and this one is shown nowhere
+        self._throughput.figure.tags = [self.source]
         document.add_root(self._throughput.figure)
         self.source.js_on_change("patching", CustomJS(code="window.zcinfer.update()"))
         document.js_on_event(
@@ -100,4 +102,13 @@ def report(history: History) -> str:
     )
     variables: dict[str, Any] = {"sections": shown, "recorded": True, "at": history.now or 0.0}
     assert set(shown) == set(PARTS)
-    return str(file_html(document, INLINE, title(history), template("page"), variables, suppress_callback_warning=True))
+    return str(
+        file_html(
+            document,
+            INLINE,
+            title(history),
+            template=template("page"),
+            template_variables=variables,
+            suppress_callback_warning=True,
+        )
+    )
