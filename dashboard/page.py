@@ -6,6 +6,7 @@ All HTML is in one column of one source; the browser puts in its place what has 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from bokeh.document import Document
@@ -21,6 +22,9 @@ from .views import PARTS, parts, template
 from .words import sentence
 
 __all__ = ["Page", "report", "title"]
+
+# Panel, where it is imported, gives every page a script of its server, which a file has not
+_FOREIGN = re.compile(r'<script[^>]* src="static/[^"]*"[^>]*>\s*</script>')
 
 _START = "window.zcinfer.start({source, figure})"
 
@@ -102,7 +106,7 @@ def report(history: History) -> str:
     )
     variables: dict[str, Any] = {"sections": shown, "recorded": True, "at": history.now or 0.0}
     assert set(shown) == set(PARTS)
-    return str(
+    html = str(
         file_html(
             document,
             INLINE,
@@ -112,3 +116,4 @@ def report(history: History) -> str:
             suppress_callback_warning=True,
         )
     )
+    return _FOREIGN.sub("", html)

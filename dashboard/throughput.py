@@ -135,7 +135,7 @@ class Throughput:
             )
         )
         plot.xaxis.formatter = CustomJSTickFormatter(code=_CLOCK)
-        plot.xaxis.ticker.desired_num_ticks = 4
+        plot.xaxis.ticker.desired_num_ticks = 3
         plot.yaxis.formatter = NumeralTickFormatter(format="0.[0]a")
         plot.yaxis.ticker.desired_num_ticks = 4
         plot.xgrid.grid_line_color = None

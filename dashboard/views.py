@@ -163,7 +163,7 @@ def where_time_goes(history: History) -> dict[str, Any]:
             phase: {"phase": phase, "word": PHASE_NAMES[phase][0], "share": share, "text": percent(share, 100)}
             for phase, share in shares.items()
         }
-        most = [told[phase] for phase in sorted(shares, key=lambda phase: -shares[phase])[:3]]
+        most = [told[phase] for phase in sorted(shares, key=lambda phase: -shares[phase])[:2]]
         rows.append({"name": _name(track), "parts": list(told.values()), "most": most, "recent": recent})
     return {
         "rows": [row for row in rows if row["parts"]][:_MOST_DEVICES],

@@ -63,7 +63,7 @@ class Tab:
         assert {urlsplit(url).hostname for url in self.asked if not url.startswith(("data:", "blob:", "file:"))} <= {
             "127.0.0.1"
         }
-        assert self.complaints == []
+        assert self.complaints == [], self.asked
 
 
 @pytest.fixture(scope="module")
