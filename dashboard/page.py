@@ -6,6 +6,7 @@ All HTML is in one column of one source; the browser puts in its place what has 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from bokeh.document import Document
@@ -21,6 +22,9 @@ from .views import PARTS, parts, template
 from .words import sentence
 
 __all__ = ["Page", "report", "title"]
+
+# Panel, where it is imported, gives every page a script of its server, which a file has not
+_FOREIGN = re.compile(r'<script[^>]* src="static/[^"]*"[^>]*>\s*</script>')
 
 _START = "window.zcinfer.start({source, figure})"
 
@@ -54,6 +58,8 @@ class Page:
         document.template = template("page")
         document.template_variables.update(sections=shown, recorded=False, at=history.now)
         document.title = title(history)
+        # A document follows the models that its roots refer to, and this one is shown nowhere
+        self._throughput.figure.tags = [self.source]
         document.add_root(self._throughput.figure)
         self.source.js_on_change("patching", CustomJS(code="window.zcinfer.update()"))
         document.js_on_event(
@@ -100,4 +106,14 @@ def report(history: History) -> str:
     )
     variables: dict[str, Any] = {"sections": shown, "recorded": True, "at": history.now or 0.0}
     assert set(shown) == set(PARTS)
-    return str(file_html(document, INLINE, title(history), template("page"), variables, suppress_callback_warning=True))
+    html = str(
+        file_html(
+            document,
+            INLINE,
+            title(history),
+            template=template("page"),
+            template_variables=variables,
+            suppress_callback_warning=True,
+        )
+    )
+    return _FOREIGN.sub("", html)

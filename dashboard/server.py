@@ -68,7 +68,6 @@ class Poller:
         self.history = History(address)
         self._arguments = (security or Security()).get_connection_args("client")
         self._scheduler: Any = None
-        self._closing: set[asyncio.Future[None]] = set()
         self._received = time.monotonic()
         self._shown: dict[str, Markup] | None = None
         self._shown_sequence = -1
@@ -93,7 +92,7 @@ class Poller:
             self.history.take(answer)
             self._received = time.monotonic()
         except Exception as error:
-            self._disconnect()
+            await self.close()
             self.history.lose(_why(error))
 
     async def _connect(self) -> None:
@@ -105,12 +104,11 @@ class Poller:
         host = urlsplit(self.address).hostname
         self.history.links = {"Dask’s own pages": f"http://{host}:{port}/status"} if port else {}
 
-    def _disconnect(self) -> None:
-        if self._scheduler is not None:
-            closing = asyncio.ensure_future(self._scheduler.close_rpc())
-            self._closing.add(closing)
-            closing.add_done_callback(self._closing.discard)
-            self._scheduler = None
+    async def close(self) -> None:
+        """Let go of the scheduler."""
+        scheduler, self._scheduler = self._scheduler, None
+        if scheduler is not None:
+            await scheduler.close_rpc()
 
     async def everything(self) -> dict[str, Any]:
         """A snapshot with the whole last hour."""
@@ -332,8 +330,10 @@ async def _serve(
     finally:
         polling.cancel()
         server.stop()
-        poller._disconnect()
         panel.state.kill_all_servers()
+        await poller.close()
+        # What was being sent to open pages ends, or Python complains that nobody waited for it
+        await asyncio.sleep(0.1)
 
 
 def _listen(access: Access) -> socket.socket:

@@ -5,6 +5,7 @@ Not for words: those are in `views`. Colours of text and grid are set by the pag
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Any
 
@@ -93,7 +94,10 @@ class Throughput:
     """
 
     def __init__(self, history: History):
-        self.source = ColumnDataSource(columns(history))
+        points = columns(history)
+        if not points["time"]:  # without a point there are no ranges, of which Bokeh complains
+            _add(points, int(history.now or time.time()), [0.0])
+        self.source = ColumnDataSource(points)
         self._last = history.last_second
         self._names = 0
         plot = figure(
@@ -131,7 +135,7 @@ class Throughput:
             )
         )
         plot.xaxis.formatter = CustomJSTickFormatter(code=_CLOCK)
-        plot.xaxis.ticker.desired_num_ticks = 4
+        plot.xaxis.ticker.desired_num_ticks = 3
         plot.yaxis.formatter = NumeralTickFormatter(format="0.[0]a")
         plot.yaxis.ticker.desired_num_ticks = 4
         plot.xgrid.grid_line_color = None

@@ -101,7 +101,7 @@ def tiles(history: History) -> dict[str, Any]:
         "failed": failed,
         "failed_text": plural(failed, "block"),
         "kinds": plural(kinds, "message"),
-        "last": max((error.get("last", 0.0) for run in history.runs for error in run.errors), default=None),
+        "last": max((error["last"] or 0.0 for run in history.runs for error in run.errors), default=None),
     }
 
 
@@ -163,7 +163,7 @@ def where_time_goes(history: History) -> dict[str, Any]:
             phase: {"phase": phase, "word": PHASE_NAMES[phase][0], "share": share, "text": percent(share, 100)}
             for phase, share in shares.items()
         }
-        most = [told[phase] for phase in sorted(shares, key=lambda phase: -shares[phase])[:3]]
+        most = [told[phase] for phase in sorted(shares, key=lambda phase: -shares[phase])[:2]]
         rows.append({"name": _name(track), "parts": list(told.values()), "most": most, "recent": recent})
     return {
         "rows": [row for row in rows if row["parts"]][:_MOST_DEVICES],
@@ -213,15 +213,15 @@ def models(history: History) -> dict[str, Any]:
 def failures(history: History) -> dict[str, Any]:
     """Errors, by message; the newest first."""
     found = [(error, run) for run in history.runs for error in run.errors]
-    found.sort(key=lambda pair: -pair[0].get("last", 0.0))
+    found.sort(key=lambda pair: -(pair[0]["last"] or 0.0))
     rows = [
         {
             "message": error["message"],
             "count": count(error["count"]),
             "run": run.name,
-            "last": error.get("last"),
-            "tasks": ", ".join(error["tasks"]),
-            "more": max(0, error["count"] - len(error["tasks"])),
+            "last": error["last"],
+            "places": "; ".join(error["places"]),
+            "more": max(0, error["count"] - len(error["places"])),
             "traceback": error["traceback"],
             "key": f"{run.key[1]}-{number}",
         }

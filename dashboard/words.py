@@ -85,7 +85,8 @@ def _at_work(history: History, runs: list[Run], now: float) -> Sentence:
     if len(quiet) == len(runs):
         since = max(run.last or run.begun for run in runs)
         usual = max(run.usual or 0.0 for run in runs)
-        facts.append(f"nothing finished for {duration(now - since)} (usual: {duration(usual)})")
+        before = duration(usual) if usual >= 1 else load_time(usual)
+        facts.append(f"nothing finished for {duration(now - since)} (usual: {before})")
     else:
         times = [left for run in runs if (left := history.left(run)) is not None]
         facts.append(f"{about(max(times))} left" if times else "no block done yet" if not done else "pace unknown")
@@ -101,7 +102,9 @@ def _ended(run: Run) -> Sentence:
     assert run.ended is not None
     took = f"in {duration(run.ended - run.begun)}"
     if run.state == "finished":
-        facts = [plural(run.done, "block"), plural(run.sums["rows"], "row"), took, "none failed"]
+        # Rows come with the workers' next heartbeat
+        rows = [plural(run.sums["rows"], "row")] if run.sums["blocks"] >= run.done else []
+        facts = [plural(run.done, "block"), *rows, took, "none failed"]
         return Sentence("finished", f"Finished {run.name}", tuple(facts))
     facts = [f"{count(run.done)} of {plural(run.total, 'block')} done"]
     if run.state == "failed":
