@@ -231,7 +231,8 @@ class RayStore:
             self._kept.clear()
             wake, self._wake = self._wake, -1
         if wake >= 0:
-            os.write(wake, b"\0")  # a forked process may have it open, too
+            with contextlib.suppress(BrokenPipeError):  # the watch has ended, as Ray has
+                os.write(wake, b"\0")  # closing alone is not heard where a forked process has it open, too
             os.close(wake)
         self._session.leave(self._timeout)
         if self._own is not None:
@@ -241,7 +242,8 @@ class RayStore:
         """Keep an object for some seconds more: who has loaded a model and dropped it often loads it again."""
         with self._keeping:
             if not self._kept and self._wake >= 0:
-                os.write(self._wake, b"\0")
+                with contextlib.suppress(BrokenPipeError):  # the watch has ended, as Ray has
+                    os.write(self._wake, b"\0")
             self._kept[digest] = monotonic(), found
 
     def _let_go(self) -> float | None:
