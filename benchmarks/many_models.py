@@ -82,7 +82,7 @@ class Ours(System):
             await self.client.run(used, predictor)
 
     async def ask(self, number: int) -> Any:
-        return await self.client.submit(self.predictors[number], TOKENS, pure=False)
+        return await whole(self.client.submit(self.predictors[number], TOKENS, pure=False))
 
 
 class InWorkers(System):
@@ -96,7 +96,12 @@ class InWorkers(System):
             await self.client.run(answer, self.name, str(self.directory), number)
 
     async def ask(self, number: int) -> Any:
-        return await self.client.submit(answer, self.name, str(self.directory), number, pure=False)
+        return await whole(self.client.submit(answer, self.name, str(self.directory), number, pure=False))
+
+
+async def whole(future: Any) -> Any:
+    """The result; a user who gives up does not end others' waiting, though Dask's client fetches results together."""
+    return await asyncio.shield(future.result())
 
 
 class Pool:
