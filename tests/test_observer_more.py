@@ -17,8 +17,15 @@ import zcinfer as zc
 pytestmark = pytest.mark.usefixtures("registry")
 
 
+def held_or_refused(block: NDArray[Any], event: str) -> NDArray[Any]:
+    if (block == -1).any():
+        raise ValueError("refused")
+    return held(block, event)
+
+
 def held(block: NDArray[Any], event: str) -> NDArray[Any]:
-    Event(event).wait("60s")
+    if not Event(event).wait("60s"):
+        raise TimeoutError(event)
     return block
 
 
@@ -53,3 +60,18 @@ def test_what_is_submitted_together_is_told_together(client: Client) -> None:
     numbers = [job["submission"] for job in snapshot(client)["jobs"] if job["submission"] not in before]
     assert len(numbers) == 3
     assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_a_job_that_failed_has_ended_though_its_result_is_held(client: Client) -> None:
+    zc.put(nn.Linear(3, 1).eval(), "held")
+    x = np.ones((40, 3), np.float32)  # a block for each thread, so that the bad one is not behind those that wait
+    x[0] = -1
+    arrays = da.from_array(x, chunks=(10, 3)).map_blocks(
+        held_or_refused, event="later", meta=np.empty((0, 0), np.float32)
+    )
+    future = client.compute(zc.predict("held", arrays, batch_size=10))
+    wait(future)
+    wait_until(lambda: snapshot(client)["jobs"][-1]["ended"] is not None)
+    job = snapshot(client)["jobs"][-1]
+    assert (job["state"], job["failed"], job["cancelled"]) == ("failed", 1, 3)
+    Event("later", client=client).set()

@@ -200,14 +200,16 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         if states is None:
             return
         now = time.time()
+        task = self.scheduler.tasks.get(key)
         if finish == "erred":
-            task = self.scheduler.tasks.get(key)
             message = str(told.get("exception_text") or getattr(task, "exception_text", "") or "unknown")
             traceback = str(told.get("traceback_text") or getattr(task, "traceback_text", "") or "")
             for state in states:
                 state.erred(key, message, traceback, now)
+        # What came of a failure is kept while somebody holds the result; the other blocks nobody waits for any more
+        given_up = finish == "released" and task is not None and not task.waiters and not task.who_wants
         for state in states:
-            state.moved(key, finish, now)
+            state.moved(key, "forgotten" if given_up else finish, now)
         if finish == "forgotten":
             del self._owners[key]
 
