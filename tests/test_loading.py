@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from zcinfer import loading
+from zcinfer import loading, parts
 from zcinfer.errors import SettingsError
 from zcinfer.predictor import Predictor
 from zcinfer.publishing import load, put
@@ -145,3 +150,28 @@ def test_a_device_that_is_not_there_is_refused(registry: Path, device: str, mess
     put(torch.nn.Linear(2, 2), "model")
     with pytest.raises(SettingsError, match=message):
         load("model", device)
+
+
+def test_threads_that_load_at_once_import_the_code_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Modules that import each other, the first of them slowly: two threads would each get a half of the package.
+    package = tmp_path / "halves"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import slow\nanswer = 42\nfrom .layer import Layer\n")
+    (package / "slow.py").write_text("import time\ntime.sleep(0.3)\n")
+    (package / "layer.py").write_text(
+        "import torch\nfrom halves import answer\n"
+        "class Layer(torch.nn.Module):\n    def forward(self, x):\n        return x + answer\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ref = put(importlib.import_module("halves").Layer().eval(), "layer")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "halves"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(parts, "_at_home", set())
+    together = threading.Barrier(2)
+
+    def load(_: int) -> Any:
+        together.wait()
+        return loading.load_ref(ref)(torch.zeros(1)).item()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(load, range(2))) == [42, 42]

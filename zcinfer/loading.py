@@ -25,7 +25,7 @@ import torch
 from . import config, telemetry
 from .description import Bytes
 from .errors import SettingsError, StoreUnavailable
-from .parts import join
+from .parts import first_alone, join
 from .sharing import spares, written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
 from .stores import is_open, open_store
@@ -118,12 +118,13 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     except StoreUnavailable as error:
         fetched, store = _from_archive(ref, error)
     seconds |= fetched.seconds
-    begin = perf_counter()
-    for package in fetched.description.requires:
-        _import(package)
-    imported = perf_counter()
     read_only = fetched.protection == "read-only"
-    model = join(fetched.skeleton, fetched.description, fetched.buffer, base=fetched.base, copy_small=read_only)
+    begin = perf_counter()
+    with first_alone(fetched.description):
+        for package in fetched.description.requires:
+            _import(package)
+        imported = perf_counter()
+        model = join(fetched.skeleton, fetched.description, fetched.buffer, base=fetched.base, copy_small=read_only)
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
     if target.type != "cpu":

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -206,6 +208,26 @@ def warm_up() -> None:
     _ = [torch.empty(0, requires_grad=True) for _ in range(400)], [bytes(400) for _ in range(4000)]
 
 
+# Models whose code is imported here.
+_at_home: set[str] = set()
+_importing = threading.RLock()
+
+
+@contextmanager
+def first_alone(description: Description) -> Iterator[None]:
+    """Put a model together for the first time while no other thread does that with another.
+
+    Threads that import modules of one package, which import each other, may each get a half of it: so Python solves
+    what would be a deadlock.
+    """
+    if description.digest in _at_home:
+        yield
+        return
+    with _importing:
+        yield
+        _at_home.add(description.digest)
+
+
 def _joined(
     skeleton: bytes,
     description: Description,
@@ -213,7 +235,8 @@ def _joined(
     storages: list[torch.UntypedStorage | None] | None,
 ) -> torch.nn.Module:
     try:
-        model, last_hook = load(skeleton, tensors, storages)
+        with first_alone(description):
+            model, last_hook = load(skeleton, tensors, storages)
     except (ImportError, AttributeError) as error:
         raise ModelCodeMissing(_missing(description, error)) from error
     except NotImplementedError:
