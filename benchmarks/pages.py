@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from zcinfer.dashboard.offline import alone
 from zcinfer.errors import SettingsError
 
 from .benchmark import Benchmark, all_tables
@@ -78,7 +79,7 @@ def page(title: str, runs: Sequence[Run]) -> str:
     script, divisions = components(plots) if plots else ("", ())
     for number, division in enumerate(divisions):
         body = body.replace(f"@@{number}@@", division)
-    scripts = Resources(mode="inline", components=["bokeh"]).render()
+    scripts = alone(Resources(mode="inline", components=["bokeh"]).render())
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}</style>\n{scripts}\n</head><body><h1>{html.escape(title)}</h1>\n{body}\n{script}\n"

@@ -6,7 +6,6 @@ All HTML is in one column of one source; the browser puts in its place what has 
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from bokeh.document import Document
@@ -17,14 +16,12 @@ from bokeh.resources import INLINE
 from markupsafe import Markup
 
 from .history import History
+from .offline import alone
 from .throughput import Throughput
 from .views import PARTS, parts, template
 from .words import sentence
 
 __all__ = ["Page", "report", "title"]
-
-# Panel, where it is imported, gives every page a script of its server, which a file has not
-_FOREIGN = re.compile(r'<script[^>]* src="static/[^"]*"[^>]*>\s*</script>')
 
 _START = "window.zcinfer.start({source, figure})"
 
@@ -116,4 +113,4 @@ def report(history: History) -> str:
             suppress_callback_warning=True,
         )
     )
-    return _FOREIGN.sub("", html)
+    return alone(html)
