@@ -646,6 +646,7 @@ def test_failed_job_on_a_cluster_goes_on_where_it_was(tmp_path: Path, long_sourc
     assert np.allclose(read(tmp_path / "out.zarr"), by_hand(linear(), rows(200), blocks=(5,) * 40), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_straggler_of_a_stopped_run_leaves_the_next_one_alone(
     client: Client, tmp_path: Path, long_source: Path, script: Script, registry: Path
 ) -> None:

@@ -138,6 +138,7 @@ def run() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_named_actor_outlives_its_driver_and_its_process(
     place: Path, run: Callable[..., subprocess.Popen[str]]

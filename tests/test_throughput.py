@@ -49,6 +49,7 @@ def test_memory_of_children_counts(members: str) -> None:
     assert outcome.left == []
 
 
+@pytest.mark.slow
 def test_a_run_that_hangs_is_told_and_ended(members: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PATIENCE", 0.5)
     path = tmp_path / "pid"
