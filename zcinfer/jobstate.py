@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -227,8 +226,3 @@ def _job_of(predictors: list[Any]) -> tuple[Job, list[str]]:
     models = [str(predictor.ref) for predictor in predictors]
     names = dict.fromkeys(job.name for job in jobs)
     return Job(jobs[0].key, ", ".join(names)), models
-
-
-def now() -> float:
-    """Seconds, as all of this is dated."""
-    return time.time()

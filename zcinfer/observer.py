@@ -33,7 +33,6 @@ _SUMS = ("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved
 # Columns of a second: of the cluster, and of each device.
 COLUMNS = (*_SUMS, *PHASES)
 DEVICE_COLUMNS = ("rows", "computing", "busy", "private")
-_MODEL_SUMS = ("shared", "private", "evicted")
 
 
 class Ring:

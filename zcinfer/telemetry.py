@@ -237,7 +237,8 @@ def block(job: Job, model: str, where: str, rows: int, bytes_in: int, bytes_out:
         failed = False
     except Exception as error:
         text = "".join(traceback.format_exception(error))[-_CHARACTERS:]
-        _failures.append({"job": job.key, "message": str(error), "traceback": text, "time": time.time()})
+        with _lock:
+            _failures.append({"job": job.key, "message": str(error), "traceback": text, "time": time.time()})
         raise
     finally:
         _here.clock = None
