@@ -5,6 +5,7 @@ Ray's own pages are in test_store; here an anonymous shared mapping stands for t
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -21,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from zcinfer.sharing import Plasma, copy_mapped, map_file
+from zcinfer import sharing
+from zcinfer.sharing import Plasma, copy_mapped, map_file, written_pages
 
 PAGE = mmap.PAGESIZE
 
@@ -186,6 +188,65 @@ def test_copies_stay_what_they_are(plasma: tuple[np.ndarray[Any, Any], int]) -> 
     assert not array.any()
     del tensor, buffer
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= mappings
+
+
+def mapped_at(address: int) -> bool:
+    with open("/proc/self/maps") as maps:
+        spans = [[int(part, 16) for part in line.split()[0].split("-")] for line in maps]
+    return any(start <= address < end for start, end in spans)
+
+
+def test_a_mapping_that_was_only_read_serves_again(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
+    array, _ = plasma
+    mine = Plasma(array)
+    buffer, _ = mine.map(PAGE, 2 * PAGE)
+    expected, address = buffer.tobytes(), buffer.ctypes.data
+    del buffer
+    again, _ = mine.map(PAGE, 2 * PAGE)
+    assert again.ctypes.data == address
+    assert again.tobytes() == expected
+    other, _ = mine.map(PAGE, 2 * PAGE)  # that one is in use
+    assert other.ctypes.data != address
+    del again, other, mine
+    assert not mapped_at(address)
+
+
+def test_a_mapping_that_was_written_to_does_not_serve_again(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
+    array, _ = plasma
+    mine = Plasma(array)
+    buffer, _ = mine.map(PAGE, 2 * PAGE)
+    expected = buffer.tobytes()
+    buffer[PAGE + 7] += 1
+    del buffer
+    again, _ = mine.map(PAGE, 2 * PAGE)
+    assert again.tobytes() == expected
+
+
+def test_a_part_is_not_taken_for_another(plasma: tuple[np.ndarray[Any, Any], int]) -> None:
+    array, _ = plasma
+    mine = Plasma(array)
+    expected = array[2 * PAGE : 3 * PAGE].tobytes()
+    mine.map(PAGE, PAGE)  # and dropped
+    assert mine.map(2 * PAGE, PAGE)[0].tobytes() == expected
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_written_pages_are_counted_also_where_the_kernel_cannot_scan(
+    scan: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not scan:
+
+        def refused(*_: Any) -> int:
+            raise OSError(errno.ENOTTY, "")
+
+        monkeypatch.setattr(sharing, "_scan", refused)
+    (tmp_path / "pages").write_bytes(bytes(range(256)) * 16 * 3000)
+    buffer = map_file(tmp_path / "pages", 0, 3000 * PAGE)
+    buffer.sum()
+    assert written_pages(buffer) == 0
+    buffer[5 * PAGE] = 1
+    buffer[100 * PAGE : 2900 * PAGE : 2 * PAGE] = 1  # more regions than are asked for at a time
+    assert written_pages(buffer) == 1401
 
 
 def test_a_raylet_that_hides_its_files_is_asked_once(
