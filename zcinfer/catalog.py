@@ -267,21 +267,29 @@ def delete(model: str | ModelRef) -> None:
 
 
 def _open_ray(address: str) -> Store:
-    from .ray_store import RayStore  # a second of imports, for those who use it
-
     address = address or str(config.get("ray.address") or "") or os.environ.get("RAY_ADDRESS", "")
     found = Registry(config.registry_directory())
+    client = dask_client()
+    url: str | None = client.get_metadata(["zcinfer-store"], None) if client is not None and not address else None
+    from . import own_ray
+
+    # Ray takes a second to import and seconds to start: both at once
+    begun = own_ray.begin() if not address and url is None and "ray" not in sys.modules else None
+    try:
+        from .ray_store import RayStore
+    except BaseException:
+        if begun is not None:
+            begun.stop()
+        raise
     if address:
         return RayStore(address, found)
-    client = dask_client()
-    url: str | None = client.get_metadata(["zcinfer-store"], None) if client is not None else None
     if url is not None:
         # The Ray that an earlier client has connected the cluster to, if it still answers; the registry is ours.
         try:
             return RayStore.open(url, found)
         except StoreUnavailable as error:
             log.info("the cluster's last store is gone (%s); starting another", error)
-    store = RayStore.start(found)
+    store = RayStore.start(found, begun)
     if client is not None:
         client.set_metadata(["zcinfer-store"], store.url)
     return store

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import dask.config
 from distributed import Security, rpc
 
-from . import __version__, config
+from . import __version__, config, own_ray
 from .errors import NodeError, SettingsError
 from .keeper import token_path
 from .registry import Registry
@@ -71,10 +71,10 @@ class Offer:
                 f"this machine's packages are not the head's: {'; '.join(differing)}. Install the same (pip install "
                 "--constraint constraints.txt), since programs of a cluster send each other code and objects."
             )
-        from .ray_store import nodes, own_environment, probe
+        from .ray_store import nodes, probe
 
         probe(self.ray, PATIENCE)
-        there = nodes(self.ray, own_environment(), PATIENCE)
+        there = nodes(self.ray, own_ray.environment(), PATIENCE)
         if there is None:
             raise NodeError(
                 f"the head's Ray at {self.ray} refuses the token in {token_path(config.get('ray.token-file'))}. Copy "

@@ -191,6 +191,24 @@ class OwnRay:
         _running.add(self)
         atexit.register(self.stop)
 
+    def wait(self, deadline: float) -> None:
+        """Return when it is up, and its ``address`` known; where it does not come up, it is stopped.
+
+        Parameters
+        ----------
+        deadline : float
+            Of ``time.monotonic()``.
+
+        Raises
+        ------
+        StoreUnavailable
+        """
+        try:
+            self._connect(deadline)
+        except BaseException:
+            self.stop()
+            raise
+
     def _connect(self, deadline: float) -> None:
         assert self._keeper.stdout is not None
         report = b""
@@ -278,23 +296,24 @@ def start(
         It did not start, or /dev/shm is too small; nothing is left running.
     """
     deadline = time.monotonic() + timeout
+    ray = begin(object_store_memory, place, token_file)
+    ray.wait(deadline)
+    return ray
+
+
+def begin(object_store_memory: int | None, place: Place = ALONE, token_file: str | None = None) -> OwnRay:
+    """The same without waiting for it: see `OwnRay.wait`."""
     size = _object_store_bytes(object_store_memory)
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) + len(f"/{PREFIX}12345678") > LONGEST_DIRECTORY:
         parent = "/tmp"
     sweep(Path(parent))
     directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    ray = None
     try:
-        ray = OwnRay(directory, size, place, token_file)
-        ray._connect(deadline)
+        return OwnRay(directory, size, place, token_file)
     except BaseException:
-        if ray is None:
-            clear(directory)
-        else:
-            ray.stop()
+        clear(directory)
         raise
-    return ray
 
 
 def _loopback() -> str:

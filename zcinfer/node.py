@@ -22,7 +22,7 @@ from dask.system import cpu_count
 from distributed import Scheduler
 from distributed.system import MEMORY_LIMIT
 
-from . import config
+from . import config, own_ray
 from .cluster import INTERRUPTED, LOOPBACK, Nanny, worker_options
 from .errors import NodeError, SettingsError
 from .joining import HEAD, STORE, Offer, ask, local_host, protocol, versions
@@ -183,9 +183,7 @@ def _of_host(host: str) -> dict[str, Any]:
 
 
 async def _ray(stack: AsyncExitStack, place: Place) -> OwnRay:
-    from .ray_store import start_node  # a second of imports, which errors in arguments need not wait for
-
-    ray = await asyncio.to_thread(start_node, place)
+    ray = await asyncio.to_thread(own_ray.start, place)
     stack.callback(ray.stop)
     return ray
 

@@ -31,14 +31,13 @@ import ray.experimental
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
-from . import config, keeper
+from . import config, keeper, own_ray
 from .archive import MARGIN, WEIGHTS
 from .description import Bytes, Description
 from .errors import StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
 from .registry import Registry
 from .sharing import Plasma, copy_mapped
-from .sizes import parse_size
 from .store import Fetched
 from .stores import PATIENCE
 
@@ -117,14 +116,24 @@ class RayStore:
         threading.Thread(target=self._watch, args=(self._raylet,), daemon=True, name="zcinfer-ray-watch").start()
 
     @classmethod
-    def start(cls, registry: Registry) -> RayStore:
-        """Start a Ray of our own on this machine, which ends with this store or this process."""
-        _refuse_another(None)
-        own = start_node()
+    def start(cls, registry: Registry, begun: keeper.OwnRay | None = None) -> RayStore:
+        """Start a Ray of our own on this machine, which ends with this store or this process.
+
+        Parameters
+        ----------
+        registry : Registry
+        begun : keeper.OwnRay, optional
+            It has begun to start. Default: it begins now.
+        """
+        own = begun
         try:
-            return cls(own.address, registry, own_environment(), own)
+            _refuse_another(None)
+            own = begun or own_ray.begin()
+            own_ray.wait(own)
+            return cls(own.address, registry, own_ray.environment(), own)
         except BaseException:
-            own.stop()
+            if own is not None:
+                own.stop()
             raise
 
     @classmethod
@@ -132,7 +141,7 @@ class RayStore:
         """Connect to the store of a URL, filled from another registry if one is given."""
         address, _, query = url.removeprefix("ray:").partition("?")
         options = dict(parse_qsl(query))
-        environment = own_environment() if options.get("auth") == "own" else None
+        environment = own_ray.environment() if options.get("auth") == "own" else None
         return cls(address, registry or Registry(options["registry"]), environment)
 
     @property
@@ -317,18 +326,6 @@ class RayStore:
         raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def start_node(place: keeper.Place = keeper.ALONE) -> keeper.OwnRay:
-    """Start a node of our own Ray as the settings say."""
-    memory = config.get("ray.object-store-memory")
-    nbytes = None if memory is None else parse_size(memory, "zcinfer.ray.object-store-memory")
-    return keeper.start(nbytes, float(config.get("ray.start-timeout")), place, config.get("ray.token-file"))
-
-
-def own_environment() -> dict[str, str]:
-    """Variables that let a process into our own Ray, as the settings say."""
-    return keeper.ray_environment(config.get("ray.token-file"))
-
-
 def store_url(address: str, registry: Registry, ours: bool) -> str:
     """URL of the store in the Ray at ``address``; ``ours``: one that asks for our token."""
     auth = {"auth": "own"} if ours else {}
@@ -484,7 +481,7 @@ def _admitted(address: str, environment: dict[str, str] | None, seconds: float) 
         return environment or {}  # the user's program is in it
     token_file = config.get("ray.token-file")
     ours = keeper.has_token(token_file)
-    candidates = [environment] if environment else [_users_token(), *([own_environment()] if ours else [])]
+    candidates = [environment] if environment else [_users_token(), *([own_ray.environment()] if ours else [])]
     if token_file or keeper.runs_here(address):
         candidates.reverse()  # Ray prints a warning where it is refused
     for candidate in candidates:

@@ -2,7 +2,8 @@
 
 For: memory limits that count what a worker has to itself. A model in shared memory is resident in every worker
 that reads it, and Dask would spill, pause and restart each of them for it. For memory that is freed, which is kept, as
-torch needs it again at once. And for counters (`telemetry`), which ride on the heartbeat. Not for: models, devices.
+torch needs it again at once. For torch itself, which is imported while nothing waits for it. And for counters
+(`telemetry`), which ride on the heartbeat. Not for: models, devices.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import logging
 import pickle
 import signal
 import sys
+import threading
 import time
+from importlib import import_module
 from typing import Any
 
 from distributed import NannyPlugin, Status
@@ -63,6 +66,8 @@ def dask_setup(worker: Any) -> None:
     every worker process that starts with this preload, and again after each restart of the worker.
     """
     prometheus.show_worker()
+    # A second and more, which the first block need not wait for. No daemon: to end in the midst of it is to crash.
+    threading.Thread(target=import_module, args=("torch",), name="zcinfer-import").start()
     worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD)
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
