@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .calling import Call, restore
+from .calling import Call
 from .catalog import describe
 from .errors import InputError, OutputError, ZcinferError
 from .loading import residents
@@ -22,6 +21,8 @@ from .rows import Array, Rows, candidate_casts, rows_of, to_tensor, two_rows, ze
 from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def find_binding(
                     torch.empty((rows, *r.shape), dtype=getattr(torch, cast))
                     for r, cast in zip(prepared, casts, strict=True)
                 ]
-                shapes.append(_shapes(call.forward(model, tensors, names)))
+                shapes.append(_shapes(call.on(model)(tensors, names)))
         return tuple(rows_axis(pair, (2, 3), ref) for pair in zip(*shapes, strict=True))
 
     def run_real(casts: tuple[str, ...]) -> tuple[Rows, ...]:
@@ -141,8 +142,8 @@ def find_binding(
         rows, _ = call.prepare(two(), keywords)
         with residents.lend(ref, "cpu", training) as model, torch.inference_mode():
             for count in (1, 2):
-                tensors = [to_tensor(r[:count], c, "cpu") for r, c in zip(rows, casts, strict=True)]
-                shapes.append(_shapes(call.forward(model, tensors, names)))
+                tensors = [to_tensor(r[:count], c, _CPU) for r, c in zip(rows, casts, strict=True)]
+                shapes.append(_shapes(call.on(model)(tensors, names)))
         return tuple(rows_axis(pair, (1, 2), ref) for pair in zip(*shapes, strict=True))
 
     binding = attempt(run_fake)
@@ -213,22 +214,3 @@ def input_name(number: int, total: int, keywords: Sequence[str]) -> str:
     """What to call an input in errors."""
     positional = total - len(keywords)
     return f"input {number}" if number < positional else repr(keywords[number - positional])
-
-
-def finished(call: Call, binding: Binding, outputs: Sequence[torch.Tensor], rows: int, trimmed: Any) -> list[Array]:
-    """Outputs of a batch as they go out, of the shapes that were found before the job began."""
-    arrays = [restore(output, rows, raw, trimmed) for output, raw in zip(outputs, binding.raw, strict=True)]
-    _refuse_other_shapes(arrays, binding.raw, rows)
-    made = call.finish(arrays)
-    every = list(made) if isinstance(made, tuple) else [made]
-    if call.postprocess is not None:
-        _refuse_other_shapes(every, binding.outputs, rows)
-    return every
-
-
-def _refuse_other_shapes(arrays: Sequence[Array], expected: Sequence[Rows], rows: int) -> None:
-    for array, found in zip(arrays, expected, strict=True):
-        if array.shape != (rows, *found.shape):
-            raise OutputError(
-                f"the output has shape {array.shape}, expected ({rows}, ...) as {found}, found before the job began"
-            )

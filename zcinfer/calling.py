@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,20 +90,30 @@ class Call:
                 )
         return prepared, names
 
-    def forward(
-        self, model: torch.nn.Module, tensors: Sequence[torch.Tensor], keywords: tuple[str, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        """The chosen outputs of one batch."""
-        positional = len(tensors) - len(keywords)
-        named = dict(zip(keywords, tensors[positional:], strict=True))
+    def on(
+        self, model: torch.nn.Module
+    ) -> Callable[[Sequence[torch.Tensor], tuple[str, ...]], tuple[torch.Tensor, ...]]:
+        """The call of that model, for one batch after the other: the chosen outputs of tensors, the last by name."""
         function = model if self.method == "forward" else getattr(model, self.method, None)
         if not callable(function):
             raise SettingsError(f"{type(model).__name__} has no method {self.method!r}")
-        with torch.autocast(tensors[0].device.type, getattr(torch, self.autocast)) if self.autocast else nullcontext():
-            output = function(*tensors[:positional], **named, **self.constants)
-        inputs: Any = {**dict(enumerate(tensors[:positional])), **named} if named else tuple(tensors)
+        call: Callable[..., Any] = function
         wanted: Any = self.output if self.several else [self.output]
-        return tuple(choose(output, which, inputs) for which in wanted)
+        constants = self.constants
+        autocast = getattr(torch, self.autocast) if self.autocast else None
+
+        def run(tensors: Sequence[torch.Tensor], keywords: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+            positional = tensors[: len(tensors) - len(keywords)]
+            named = dict(zip(keywords, tensors[len(positional) :], strict=True)) if keywords else {}
+            if autocast is None:
+                output = call(*positional, **named, **constants)
+            else:
+                with torch.autocast(tensors[0].device.type, autocast):
+                    output = call(*positional, **named, **constants)
+            inputs: Any = {**dict(enumerate(positional)), **named} if named else tuple(tensors)
+            return tuple([choose(output, which, inputs) for which in wanted])
+
+        return run
 
     def finish(self, outputs: Sequence[Array]) -> tuple[Array, ...] | Array:
         """Outputs as they go out: a tuple of arrays where there are several."""

@@ -23,8 +23,10 @@ def computing() -> AbstractContextManager[object]:
 
 
 @cache
-def _door() -> threading.Semaphore:
-    return threading.Semaphore(_places())
+def _door() -> AbstractContextManager[object]:
+    places = _places()
+    # A semaphore is written in Python, and ten times as slow as a lock; there is a batch each time.
+    return threading.Lock() if places == 1 else threading.Semaphore(places)
 
 
 def _places() -> int:

@@ -20,13 +20,14 @@ import torch
 
 from . import telemetry
 from .batches import Index, Lengths, cut, in_halves, mask_of, name_of
-from .binding import Binding, find_binding, finished, input_name
+from .binding import Binding, find_binding, input_name
 from .calling import Call
 from .canonical import Canonical
 from .catalog import describe, ready
 from .computing import computing
 from .description import sha256_each
 from .errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
+from .forward import Forward
 from .loading import device_of, residents
 from .outputs import Output
 from .parts import storage_bytes
@@ -39,7 +40,7 @@ from .tuning import Place, Size, device_name, is_out_of_memory, jobs_here, measu
 
 log = logging.getLogger("zcinfer")
 
-_MODEL, _PREPARING, _TO_DEVICE, _WAITING, _COMPUTING, _FROM_DEVICE = range(PHASES.index("model"), len(PHASES) - 1)
+_MODEL, _FROM_DEVICE = PHASES.index("model"), PHASES.index("from_device")
 
 # Where it does not pay to measure, "auto" goes by the bytes of a row: activations grow with them.
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
@@ -328,8 +329,8 @@ class Predictor:
                 def run(rows: int) -> None:
                     zeros = [np.zeros((rows, *r.shape), r.dtype) for r in binding.prepared]
                     with computing():
-                        tensors = [to_tensor(a, c, str(device)) for a, c in zip(zeros, binding.casts, strict=True)]
-                        self.call.forward(model, tensors, binding.names)
+                        tensors = [to_tensor(a, c, device) for a, c in zip(zeros, binding.casts, strict=True)]
+                        self.call.on(model)(tensors, binding.names)
 
                 try:
                     found = measure(run, device)
@@ -432,17 +433,16 @@ class Predictor:
         try:
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
                 clock.lap(_MODEL)
+                run: Callable[..., list[Array]] = Forward(model, self.call, self._bound(), self.keywords, device, clock)
                 for rows in cut(len(blocks[0]), batch_rows, order):
-                    span = name(rows)
                     try:
-                        batch = [block[rows] for block in blocks]
-                        trimmed = None
+                        batch, forward = [block[rows] for block in blocks], run
                         if lengths is not None:
                             batch, trimmed = lengths.trimmed(batch, rows)
-                        run = partial(self._run, model, device, trimmed, clock)
-                        outputs = self._in_memory(run, batch, place, span, clock)
+                            forward = partial(run, trimmed=trimmed)
+                        outputs = self._in_memory(forward, batch, place, partial(name, rows), clock)
                     except Exception as error:
-                        raise BlockError(f"{span}: {explain(error)}") from error
+                        raise BlockError(f"{name(rows)}: {explain(error)}") from error
                     for result, output in zip(results, outputs, strict=True):
                         result[rows] = output
                     clock.lap(_FROM_DEVICE)
@@ -451,41 +451,18 @@ class Predictor:
         except Exception as error:
             raise BlockError(f"{name()}: it cannot be used on {device}: {explain(error)}") from error
 
-    def _run(
-        self,
-        model: torch.nn.Module,
-        device: torch.device,
-        trimmed: tuple[int, int] | None,
-        clock: Clock,
-        batch: Sequence[Array],
-    ) -> list[Array]:
-        """One forward: outputs as they go out."""
-        binding = self._bound()
-        clock.batches += 1
-        prepared, names = self.call.prepare(batch, self.keywords)
-        clock.lap(_PREPARING)
-        tensors = [to_tensor(a, cast, str(device)) for a, cast in zip(prepared, binding.casts, strict=True)]
-        clock.lap(_TO_DEVICE)
-        with computing():
-            clock.lap(_WAITING)
-            outputs = self.call.forward(model, tensors, names)
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # what comes next waits for it in any case
-        clock.lap(_COMPUTING)
-        return finished(self.call, binding, outputs, len(batch[0]), trimmed)
-
     def _in_memory(
         self,
         run: Callable[[Sequence[Array]], list[Array]],
         batch: Sequence[Array],
         place: Place,
-        span: str,
+        name: Callable[[], str],
         clock: Clock,
     ) -> list[Array]:
         """Run a batch, in halves where it runs out of memory; how many rows were too many is remembered."""
 
         def told(rows: int) -> None:
-            log.warning("%s: %d rows do not fit into memory, halves of them are tried", span, rows)
+            log.warning("%s: %d rows do not fit into memory, halves of them are tried", name(), rows)
             place.lower(rows // 2)
             clock.halved += 1
 

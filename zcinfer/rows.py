@@ -22,6 +22,7 @@ from .errors import InputError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _TORCH_INTEGERS = frozenset(["uint8", "int8", "int16", "int32", "int64"])
+_NUMPY_FLOATS = (torch.float32, torch.float64, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -106,23 +107,27 @@ def candidate_casts(inputs: Sequence[Rows], floating: str) -> Iterator[tuple[str
             yield casts
 
 
-def to_tensor(block: Array, cast: str, device: str) -> torch.Tensor:
+def to_tensor(block: Array, cast: str, device: torch.device) -> torch.Tensor:
     # Always a copy: a model may write to its input, which other tasks, or the caller, still use. It also takes
     # read-only, strided, Fortran-ordered and big-endian blocks.
     if block.dtype.kind == "u" and cast == "int64" and block.size and block.max() > np.iinfo(np.int64).max:
         raise InputError(f"uint64 values up to {block.max():,} do not fit into int64, which models take: convert them")
     if cast == "bfloat16":  # which NumPy has not
         dtype = np.dtype("float64") if block.itemsize > 8 else block.dtype.newbyteorder("=")
-    else:
-        dtype = np.dtype(cast)
-    tensor = torch.from_numpy(np.array(block, dtype=dtype, order="C", copy=True))
-    return tensor.to(device=device, dtype=getattr(torch, cast))
+        return torch.from_numpy(np.array(block, dtype=dtype, order="C")).to(device=device, dtype=torch.bfloat16)
+    tensor = torch.from_numpy(np.array(block, dtype=cast, order="C"))
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    if tensor.dtype.is_floating_point and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+    # Asked first what it is: each of these calls takes longer than the answer, and there is a small batch each time.
+    if tensor.dtype.is_floating_point and tensor.dtype not in _NUMPY_FLOATS:
         tensor = tensor.float()
-    array: Array = tensor.detach().resolve_conj().resolve_neg().to_dense().cpu().numpy()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg().to_dense()
+    array: Array = tensor.cpu().numpy()
     return array
 
 

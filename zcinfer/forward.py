@@ -1,0 +1,95 @@
+"""One batch through a model: NumPy rows in, NumPy rows out. What is done for every batch, so that it is kept short.
+
+Not for which rows a batch has (`batches`), nor for what its outputs' shapes are to be (`binding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .binding import Binding
+from .calling import Call, restore
+from .computing import computing
+from .errors import OutputError
+from .rows import Array, Rows, to_tensor
+from .telemetry import PHASES, Clock
+
+_PREPARING, _TO_DEVICE, _WAITING, _COMPUTING = range(PHASES.index("preparing"), PHASES.index("computing") + 1)
+
+
+class Forward:
+    """A model as a function of one batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    call : Call
+        How it is called.
+    binding : Binding
+        What was found for its inputs.
+    keywords : sequence of str
+        Names of the last inputs.
+    device : torch.device
+        That the model is on.
+    clock : Clock
+        Told of every phase.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        call: Call,
+        binding: Binding,
+        keywords: tuple[str, ...],
+        device: torch.device,
+        clock: Clock,
+    ):
+        self._function, self._call, self._binding = call.on(model), call, binding
+        self._keywords, self._device, self._clock = keywords, device, clock
+
+    def __call__(self, batch: Sequence[Array], trimmed: tuple[int, int] | None = None) -> list[Array]:
+        """Outputs as they go out.
+
+        Parameters
+        ----------
+        batch : sequence of numpy.ndarray
+            ``(rows, ...)`` each.
+        trimmed : tuple of int, optional
+            The length that they were cut to along axis 1, and the one that they had.
+        """
+        binding, clock = self._binding, self._clock
+        clock.batches += 1
+        prepared, names = batch, self._keywords
+        if self._call.preprocess is not None:
+            prepared, names = self._call.prepare(batch, self._keywords)
+            clock.lap(_PREPARING)
+        tensors = [to_tensor(a, cast, self._device) for a, cast in zip(prepared, binding.casts, strict=True)]
+        clock.lap(_TO_DEVICE)
+        with computing():
+            clock.lap(_WAITING)
+            outputs = self._function(tensors, names)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()  # what comes next waits for it in any case
+        clock.lap(_COMPUTING)
+        return self._finished(outputs, len(batch[0]), trimmed)
+
+    def _finished(self, outputs: Sequence[torch.Tensor], rows: int, trimmed: tuple[int, int] | None) -> list[Array]:
+        """As they go out, of the shapes that were found before the job began."""
+        call, binding = self._call, self._binding
+        arrays = [restore(output, rows, raw, trimmed) for output, raw in zip(outputs, binding.raw, strict=True)]
+        _refuse_other_shapes(arrays, binding.raw, rows)
+        made = call.finish(arrays)
+        every = list(made) if isinstance(made, tuple) else [made]
+        if call.postprocess is not None:
+            _refuse_other_shapes(every, binding.outputs, rows)
+        return every
+
+
+def _refuse_other_shapes(arrays: Sequence[Array], expected: Sequence[Rows], rows: int) -> None:
+    for array, found in zip(arrays, expected, strict=True):
+        if array.shape != (rows, *found.shape):
+            raise OutputError(
+                f"the output has shape {array.shape}, expected ({rows}, ...) as {found}, found before the job began"
+            )
