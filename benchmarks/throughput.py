@@ -36,6 +36,8 @@ SLEEPERS = (LIMIT, RAY_DATA, OURS)
 QUICK = ("MLP", SLEEP)
 # Seconds that a block should take, at least so many of them for each process, and seconds that a run may take.
 BLOCK_SECONDS, BLOCKS_EACH, TIMEOUT = 0.25, 10, 180.0
+# Share by which the rates of batches differ from one try to the next.
+NOISE = 0.05
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -112,7 +114,7 @@ class Bench:
 
     def chosen(self, rates: Mapping[str, Mapping[str, float]], rows: int, systems: Sequence[str]) -> dict[str, Any]:
         """Batch, block and threads of each system, from what plain torch does with each batch."""
-        best = {way: max(found, key=lambda batch: found[batch]) for way, found in rates.items()}
+        best = {way: largest_good(found) for way, found in rates.items()}
         all_cores = f"{self.cores} x 1"
         batch = int(best[all_cores])
         each = rates[all_cores][str(batch)] / self.cores
@@ -194,6 +196,12 @@ class Bench:
         if outcome.error:
             raise SystemExit(f"{function} failed: {outcome.error}")
         return outcome.result
+
+
+def largest_good(rates: Mapping[str, float]) -> str:
+    """The largest batch that is as fast as any, within the noise: what each costs is then paid least often."""
+    most = max(rates.values())
+    return max((batch for batch, rate in rates.items() if rate >= most * (1 - NOISE)), key=int)
 
 
 def read(outcome: Outcome, records: Path, rows: int) -> dict[str, Any]:
