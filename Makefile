@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo example test test-slow bench docker-check lint types check format ci constraints clean help
+.PHONY: demo example test test-slow bench bench-check docker-check lint types check format ci constraints clean help
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,6 +42,9 @@ test-slow: $(VENV)/.timm $(VENV)/.browser ## the tests that take minutes: hundre
 
 bench: $(VENV)/.test ## all benchmarks (ARGS=--quick: under 10 minutes), or one, as in `make bench-load`
 	@exec $(BIN)/zcinfer bench all $(ARGS)
+
+bench-check: $(VENV)/.test ## fail where a ratio of a benchmark has fallen by a third since it was committed
+	@exec $(BIN)/zcinfer bench all --quick --check $(ARGS)
 
 bench-%: $(VENV)/.test
 	@exec $(BIN)/zcinfer bench $* $(ARGS)

@@ -70,15 +70,16 @@ class Benchmark:
     figures: Callable[[Mapping[str, Any]], Sequence[Any]]
 
 
-def bar(asked: float, found: float, *, most: bool = False) -> dict[str, Any]:
-    """What was asked of a figure, and what was found: at least as much, or at ``most``.
+def bar(asked: float, found: float, *, most: bool = False, unit: str = "") -> dict[str, Any]:
+    """What was asked of a figure, and what was found: at least as much, or at ``most``; a ratio, where it has no unit.
 
     Examples
     --------
     >>> bar(2.5, 3.0)["met"], bar(2.5, 3.0, most=True)["met"]
     (True, False)
     """
-    return {"asked": asked, "most": most, "found": found, "met": found <= asked if most else found >= asked}
+    met = found <= asked if most else found >= asked
+    return {"asked": asked, "most": most, "found": found, "met": met, "unit": unit}
 
 
 def say(text: str) -> None:

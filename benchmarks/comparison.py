@@ -40,15 +40,20 @@ def bars_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """Each bar: what was asked, what was found."""
     asked: dict[str, dict[str, Any]] = {}
 
-    def ask(name: str, found: float | None, *, least: float = 0, most: float | None = None) -> None:
+    def ask(name: str, found: float | None, *, least: float = 0, most: float | None = None, unit: str = "") -> None:
         if found is not None:
-            asked[name] = bar(least if most is None else most, found, most=most is not None)
+            asked[name] = bar(least if most is None else most, found, most=most is not None, unit=unit)
 
     for name, workload in results["workloads"].items():
         systems = workload["systems"]
         if name == SLEEP:
             ideal = workload["rows"] / results["cores"] / SLEEP_ROWS
-            ask(f"sleep model, {ideal:g} s of it, seconds", middle(systems, OURS, "job"), most=SLEEP_SHARE * ideal)
+            ask(
+                f"sleep model, {ideal:g} s of it, seconds",
+                middle(systems, OURS, "job"),
+                most=SLEEP_SHARE * ideal,
+                unit="s",
+            )
             continue
         ask(f"{name}: steady, share of {LIMIT}", ratio(systems, OURS, LIMIT, "steady"), least=OF_LIMIT)
         fastest = best(systems, FRAMEWORKS, "steady", max)
@@ -63,7 +68,8 @@ def bars_of(results: Mapping[str, Any]) -> dict[str, Any]:
             most=1,
         )
     if found := results["overhead"].get("per_block"):
-        ask("overhead of a block, ms of a worker", found["per_block"]["zcinfer"]["median"] * 1e3, most=OVERHEAD_MS)
+        overhead = found["per_block"]["zcinfer"]["median"] * 1e3
+        ask("overhead of a block, ms of a worker", overhead, most=OVERHEAD_MS, unit="ms")
     if found := results["overhead"].get("switching"):
         ask("predict_by over nine variants, share of one model's speed", found["ratio"]["median"], least=SWITCHING)
     return asked

@@ -214,9 +214,9 @@ def compare(results: Mapping[str, Any]) -> dict[str, Any]:
                 ratio = found[kind][theirs]["median"] / found[kind][store]["median"]
                 asked[f"{store}, {kind}: times faster than {theirs}"] = bar(one, ratio)
         private = found["memory"][store]["private"] / 1e6
-        asked[f"{store}: private MB of a further reader"] = bar(PRIVATE / 1e6, private, most=True)
+        asked[f"{store}: private MB of a further reader"] = bar(PRIVATE / 1e6, private, most=True, unit="MB")
     back = found["resident"]["going back"]["median"] * 1e6
-    asked["back to a resident, microseconds"] = bar(RESIDENT_US, back, most=True)
+    asked["back to a resident, microseconds"] = bar(RESIDENT_US, back, most=True, unit="µs")
     put = found["put"]["zc.put"]["median"] / found["put"]["torch.save"]["median"]
     asked["zc.put, times as long as torch.save"] = bar(PUT, put, most=True)
     return asked

@@ -440,7 +440,7 @@ def compare(results: Mapping[str, Any]) -> dict[str, Any]:
         if rate.get(name):
             found[f"rate, by that of: {name}"] = bar(TIMES_ACTORS, rate[OURS] / rate[name])
         elif name in rate:
-            found[f"rate, where none was held by: {name}"] = bar(1, rate[OURS])
+            found[f"rate, where none was held by: {name}"] = bar(1, rate[OURS], unit="requests/s")
     if rate.get(RESIDENT):
         found[f"rate, by that of: {RESIDENT}"] = bar(OF_RESIDENT, rate[OURS] / rate[RESIDENT])
     found[f"memory, by that of: {RESIDENT}"] = bar(MEMORY, memory[OURS] / memory[RESIDENT], most=True)

@@ -20,6 +20,7 @@ from time import perf_counter
 
 from zcinfer.errors import SettingsError
 
+from . import guard
 from .benchmark import Benchmark, Options, all_tables, say
 
 
@@ -49,7 +50,9 @@ ENTRIES = {
 }
 
 
-def bench(names: Sequence[str], options: Options, *, docs: bool = False, again: bool = False) -> None:
+def bench(
+    names: Sequence[str], options: Options, *, docs: bool = False, again: bool = False, check: bool = False
+) -> None:
     """Run benchmarks, and show and write what was found.
 
     Parameters
@@ -58,20 +61,25 @@ def bench(names: Sequence[str], options: Options, *, docs: bool = False, again: 
         Of `ENTRIES`; "all" or nothing: every one that can run here, each in a process of its own.
     options : Options
     docs : bool
-        Also put the tables into ``docs/benchmarks.md`` of the checkout.
+        Also put the tables into ``docs/benchmarks.md`` of the checkout, and the ratios where ``check`` finds them.
     again : bool
         Measure nothing: show and write anew what an earlier run left in ``options.out``.
+
+    check : bool
+        Fail where a ratio is a third worse than in the run that was committed last.
 
     Raises
     ------
     SettingsError
-        One cannot run here; says why, and what to install.
+        One cannot run here; says why, and what to install. Or a ratio has fallen.
     """
     with _ended_by_sigterm():
         if len(names) == 1 and names[0] != "all":
-            one(names[0], options, docs=docs, again=again)
+            one(names[0], options, docs=docs, again=again, check=check)
         else:
-            several(list(ENTRIES) if not names or "all" in names else list(dict.fromkeys(names)), options, docs, again)
+            asked = list(ENTRIES) if not names or "all" in names else list(dict.fromkeys(names))
+            switches = ["--docs"] * docs + ["--again"] * again + ["--check"] * check
+            several(asked, options, switches)
 
 
 @contextmanager
@@ -104,7 +112,7 @@ def benchmark_of(name: str) -> Benchmark:
     return found
 
 
-def one(name: str, options: Options, *, docs: bool, again: bool) -> None:
+def one(name: str, options: Options, *, docs: bool, again: bool, check: bool) -> None:
     """Run one benchmark in this process."""
     reason = why_not(name)
     if reason:
@@ -133,9 +141,14 @@ def one(name: str, options: Options, *, docs: bool, again: bool) -> None:
     say(f"took {results['took']:.0f} s; written: {path.with_suffix('')}.json, .csv, .md and .html")
     if docs:
         into_docs(ROOT / "docs" / "benchmarks.md", benchmark, results)
+        guard.keep(ROOT / "benchmarks" / guard.FILE, name, results)
+    if check:
+        said = guard.fallen(Path(__file__).parent / guard.FILE, name, results)
+        if said:
+            raise SettingsError("worse by a third than the committed run: " + "; ".join(said))
 
 
-def several(names: Sequence[str], options: Options, docs: bool, again: bool) -> None:
+def several(names: Sequence[str], options: Options, switches: Sequence[str]) -> None:
     """Run benchmarks in a process each, since each forks, connects and measures memory; then one page of them all."""
     able = [name for name in names if not why_not(name)]
     if not able:
@@ -144,7 +157,7 @@ def several(names: Sequence[str], options: Options, docs: bool, again: bool) -> 
     for name in able:
         say(f"== {name}")
         command = [sys.executable, "-m", "zcinfer", "bench", name, "--out", str(options.out)]
-        command += ["--quick"] * options.quick + ["--docs"] * docs + ["--again"] * again
+        command += [*["--quick"] * options.quick, *switches]
         command += [word for text in options.only for word in ("--only", text)]
         if _called(command) != 0:
             failed.append(name)

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from zcinfer import cli
-from zcinfer.benchmarks import pages, running
+from zcinfer.benchmarks import guard, pages, running
 from zcinfer.benchmarks.benchmark import Benchmark, Options, all_tables, bar
 from zcinfer.benchmarks.figures import bars
 from zcinfer.benchmarks.machine import ROOT, machine
@@ -125,6 +125,25 @@ def test_tables_go_between_the_marks(tmp_path: Path, results: dict[str, Any]) ->
     assert path.read_text() == written
     with pytest.raises(pages.SettingsError, match="has no <!-- example -->"):
         pages.into_docs(tmp_path / "other.md", EXAMPLE, results)
+
+
+def test_a_ratio_that_has_fallen_by_a_third_is_told(tmp_path: Path, results: dict[str, Any]) -> None:
+    path = tmp_path / "ratios.json"
+    results = results | {"quick": False}
+    with pytest.raises(pages.SettingsError, match="no ratios of a whole run of 'example'"):
+        guard.fallen(path, "example", results)
+
+    def run(faster: float, share: float, seconds: float = 1.0) -> dict[str, Any]:
+        bars = {"faster": bar(2, faster), "share": bar(1, share, most=True), "time": bar(1, seconds, unit="s")}
+        return results | {"bars": bars}
+
+    guard.keep(path, "example", run(3.0, 0.5))
+    assert guard.fallen(path, "example", run(2.1, 0.74, seconds=100.0)) == []
+    assert "faster: 1.9, and was 3 on " in guard.fallen(path, "example", run(1.9, 0.5))[0]
+    assert "share: 0.76, and was 0.5" in guard.fallen(path, "example", run(3.0, 0.76))[0]
+    assert guard.fallen(path, "example", results | {"bars": {}}) == []
+    with pytest.raises(pages.SettingsError, match="no ratios of a quick run"):
+        guard.fallen(path, "example", run(3.0, 0.5) | {"quick": True})
 
 
 def test_names_of_the_command_are_the_benchmarks() -> None:

@@ -331,8 +331,11 @@ _BENCHMARKS = ("load", "article", "talk", "throughput", "models", "overlap", "wi
               help="Directory of the tables, the figures and the page.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="TEXT", help="Only models or systems whose names contain TEXT.")
 @click.option("--again", is_flag=True, help="Measure nothing: show anew what an earlier run left in --out.")
-@click.option("--docs", is_flag=True, help="Put the tables into docs/benchmarks.md of the source.")
-def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], again: bool, docs: bool) -> None:
+@click.option("--docs", is_flag=True, help="Put the tables into docs/benchmarks.md of the source, and keep the ratios.")
+@click.option("--check", is_flag=True, help="Fail where a ratio is a third worse than the one kept last by --docs.")
+def bench(
+    names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], again: bool, docs: bool, check: bool
+) -> None:
     """Measure zcinfer on this machine, beside what you would otherwise use.
 
     \b
@@ -355,7 +358,7 @@ def bench(names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], 
     from .benchmarks.benchmark import Options
     from .benchmarks.running import bench as run_benchmarks
 
-    run_benchmarks(names, Options(quick, Path(out), only), docs=docs, again=again)
+    run_benchmarks(names, Options(quick, Path(out), only), docs=docs, again=again, check=check)
 
 
 @main.command()
