@@ -254,6 +254,20 @@ print(float(back[0].weight.detach().double().sum()) == total, second(torch.ones(
     assert run(script, digest, ray_store.url).strip() == "True torch.Size([2, 300])"
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_process_connects_again_to_where_it_is(ray_store: Store) -> None:
+    script = """
+import sys
+from zcinfer import catalog
+for _ in range(3):
+    catalog.connect("ray:" + sys.argv[1])
+"""
+    address = ray_store.url.removeprefix("ray:").partition("?")[0]
+    done = subprocess.run([sys.executable, "-c", script, address], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")  # nor is Ray tried with a token that it refuses
+
+
 def test_a_ref_names_its_version() -> None:
     assert str(ModelRef("bert", 3, "a" * 64, 1, "file:/x")) == "bert@3"
 

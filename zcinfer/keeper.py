@@ -28,6 +28,7 @@ from .errors import SettingsError, StoreUnavailable
 from .ray_node import MARK, PREFIX, claim, clear, sweep
 
 LOG = "ray-start.log"
+LOOPBACK = "127.0.0.1"
 KEEPER = "import sys; sys.path.append(sys.argv[1]); from zcinfer.ray_node import keep; keep(*sys.argv[2:])"
 # Seconds that the keeper has to end Ray; it gives up after 15 itself
 STOP_TIMEOUT = 20.0
@@ -117,7 +118,9 @@ def runs_here(address: str) -> bool:
     """Whether a node of this user's own Ray at ``address`` runs on this machine."""
     for record in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/ray_current_cluster"):
         with contextlib.suppress(OSError, ValueError):
-            if record.stat().st_uid == os.geteuid() and record.read_text().strip() == address:
+            listens = record.read_text().strip()
+            # Of a Ray of this machine alone, drivers are given another address than it writes down itself
+            if record.stat().st_uid == os.geteuid() and address in (listens, _to_drivers(listens)):
                 return True
     return False
 
@@ -225,7 +228,9 @@ class OwnRay:
             raise self._failure(
                 f"did not start: `ray start` ended with status {answer['status']}. Mend what it complains of below"
             )
-        self.address = self._place.join or f"{self._place.host or _loopback()}:{answer['port']}"
+        self.address = self._place.join or (
+            f"{self._place.host}:{answer['port']}" if self._place.host else _to_drivers(f"{LOOPBACK}:{answer['port']}")
+        )
 
     def _failure(self, what: str) -> StoreUnavailable:
         printed: list[str] = []
@@ -316,13 +321,17 @@ def begin(object_store_memory: int | None, place: Place = ALONE, token_file: str
         raise
 
 
-def _loopback() -> str:
+def _to_drivers(address: str) -> str:
+    """The address of a Ray of this machine alone as drivers must be given it; any other as it is."""
+    host, _, port = address.rpartition(":")
+    if host != LOOPBACK:
+        return address
     # Drivers replace 127.0.0.1 by the machine's address on the network, where ours does not listen; neither of these
     try:
         socket.socket(socket.AF_INET6).close()
     except OSError:
-        return "LOCALHOST"
-    return "[::ffff:127.0.0.1]"
+        return f"LOCALHOST:{port}"
+    return f"[::ffff:{LOOPBACK}]:{port}"
 
 
 def _object_store_bytes(wanted: int | None) -> int:

@@ -351,7 +351,7 @@ class _Session:
         self.users = users
         self.entered = False
         self._environment = environment
-        self._before: dict[str, str | None] = {}
+        self.before: dict[str, str | None] = {}  # variables that it has set
         self._leaving = threading.Lock()
 
     @classmethod
@@ -369,7 +369,7 @@ class _Session:
         return session
 
     def _connect(self) -> None:
-        self._before = _set(self._environment)
+        self.before = _set(self._environment)
         # Ray's own start-up notes would land in the middle of a progress bar.
         logging.getLogger("ray").setLevel(logging.ERROR)
         ray.init(
@@ -404,7 +404,7 @@ class _Session:
             if not self.users:
                 # With the raylet gone, shutdown may hang as every other call.
                 _join_within(seconds, ray.shutdown)
-                _set(self._before)
+                _set(self.before)
 
 
 def _set(environment: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -449,7 +449,7 @@ def probe(address: str, timeout: float) -> None:
         ) from None
 
 
-def nodes(address: str, environment: dict[str, str], seconds: float) -> list[str] | None:
+def nodes(address: str, environment: Mapping[str, str | None], seconds: float) -> list[str] | None:
     """Addresses of the nodes of the Ray at ``address``, without entering it; None: it refuses the token.
 
     Raises
@@ -484,8 +484,10 @@ def _admitted(address: str, environment: dict[str, str] | None, seconds: float) 
     candidates = [environment] if environment else [_users_token(), *([own_ray.environment()] if ours else [])]
     if token_file or keeper.runs_here(address):
         candidates.reverse()  # Ray prints a warning where it is refused
+    # Tried as it will be entered: what the session that is left then has set does not count
+    unset = _Session.current.before if _Session.current is not None else {}
     for candidate in candidates:
-        if nodes(address, candidate, seconds) is not None:
+        if nodes(address, unset | candidate, seconds) is not None:
             return candidate
     tried = keeper.token_path(token_file) if environment or ours else "none of ours is here"
     raise StoreUnavailable(
