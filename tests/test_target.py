@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,62 @@ def test_halves_of_files_are_cleared_when_a_job_goes_on_and_when_it_ends(
     assert run(source, out).computed == 1
     assert seen == [False]
     assert not list(out.rglob("*.partial"))
+
+
+class Killed(BaseException):
+    """In the place of a signal that nothing survives."""
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Be killed while directories are removed, as soon as one called ``name`` is."""
+    remove = shutil.rmtree
+
+    def rmtree(path: Any, *arguments: Any, **settings: Any) -> None:
+        for below in Path(path).rglob(name):
+            remove(below)
+            raise Killed
+        if Path(path).name == name:
+            raise Killed
+        remove(path, *arguments, **settings)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+
+
+def test_who_is_killed_while_it_starts_over_can_start_over(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, tmp_path / "out.zarr")
+    with monkeypatch.context() as patch:
+        killed_after(patch, ".zcinfer")
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out.zarr", resume=False)
+    assert run(source, tmp_path / "out.zarr").computed == 5
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out.zarr"]
+
+
+@pytest.mark.parametrize("name", ["records", "done"])
+def test_who_is_killed_at_the_very_end_leaves_marks_that_the_next_one_removes(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    out = tmp_path / "out.zarr"
+    with monkeypatch.context() as patch:
+        killed_after(patch, name)
+        with pytest.raises(Killed):
+            run(source, out, check_finite=True)
+    assert (out / ".zcinfer" / "done").exists()
+    (out / ".zcinfer" / "done" / "3").unlink()
+    assert run(source, out, check_finite=True).checked == 5
+    assert sorted(path.name for path in (out / ".zcinfer").iterdir()) == ["manifest.json", "records.json"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_link_in_the_place_of_the_target_is_not_removed(tmp_path: Path, source: Path, resume: bool) -> None:
+    run(source, tmp_path / "elsewhere.zarr")
+    (tmp_path / "out.zarr").symlink_to(tmp_path / "elsewhere.zarr")
+    if resume:
+        assert run(source, tmp_path / "out.zarr").computed == 0
+    else:
+        with pytest.raises(OutputError, match="symbolic link"):
+            run(source, tmp_path / "out.zarr", resume=False)
+    assert (tmp_path / "out.zarr").is_symlink()
+    assert read(tmp_path / "elsewhere.zarr").any()

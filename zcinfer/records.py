@@ -175,19 +175,19 @@ def read_records(place: Path) -> dict[int, Record]:
     """What there is to say of the blocks that are done."""
     if not (place / ".zcinfer").is_dir():
         return {}
-    every = _read_all(place)
-    try:
-        done = {mark.name for mark in (place / ".zcinfer" / "done").iterdir()}
-    except FileNotFoundError:
-        done = {*every}  # of an output that is complete
-    return {int(name): _record_of(int(name), record) for name, record in every.items() if name in done}
+    every, done = _read_all(place), None
+    # One file of all is made when all blocks are done; who was killed then has perhaps left some of their marks
+    if not _joined(place).exists():
+        with suppress(FileNotFoundError):
+            done = {mark.name for mark in (place / ".zcinfer" / "done").iterdir()}
+    return {int(name): _record_of(int(name), found) for name, found in every.items() if done is None or name in done}
 
 
 def join_records(place: Path) -> None:
     """Make one file of all: for an output whose blocks are all done."""
     every = _read_all(place)
     if every:
-        _replace(place / ".zcinfer" / "records.json", json.dumps(every).encode())
+        _replace(_joined(place), json.dumps(every).encode())
 
 
 def in_short(records: Mapping[int, Record]) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _plain(array: Array) -> Array:
 def _read_all(place: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with suppress(FileNotFoundError):
-        found |= json.loads((place / ".zcinfer" / "records.json").read_bytes())
+        found |= json.loads(_joined(place).read_bytes())
     for path in (place / ".zcinfer" / "records").glob("[0-9]*.json"):
         found[path.stem] = json.loads(path.read_bytes())
     return found
@@ -255,6 +255,10 @@ def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}.partial")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def _joined(place: Path) -> Path:
+    return place / ".zcinfer" / "records.json"
 
 
 def _record(place: Path, number: int) -> Path:

@@ -38,6 +38,7 @@ class Target:
         if not self.path.name:
             raise OutputError(f"{self.path} cannot be a target: give the path of a new directory")
         self.partial = self.path.with_name(self.path.name + ".partial")
+        self._old = self.path.with_name(f".{self.path.name}.old")
 
     @contextmanager
     def claim(self, manifest: dict[str, Any], resume: bool) -> Iterator[bool]:
@@ -57,6 +58,7 @@ class Target:
                 raise OutputError(f"another run is writing to {self.path}: wait for it, or choose another target")
             try:
                 self.check(manifest, resume)
+                self._tidy()
                 if not resume:
                     self._clear()
                 yield self.path.exists()
@@ -110,7 +112,19 @@ class Target:
         for place in (self.path, self.partial):
             if place.exists():
                 with self._told(), _alone(place):
-                    shutil.rmtree(place)
+                    if place.is_symlink():
+                        raise OSError("it is a symbolic link, and what it leads to is not removed")
+                    # Killed while it is being removed, it would not be known as ours any more
+                    os.rename(place, self._old)
+                    shutil.rmtree(self._old)
+
+    def _tidy(self) -> None:
+        """Remove what runs that were killed had not yet removed."""
+        with self._told():
+            if self._old.exists():
+                shutil.rmtree(self._old)
+            if self.path.exists():
+                _remove_marks(self.path)
 
     def prepare(self, manifest: dict[str, Any]) -> set[int]:
         """Create the output unless an earlier run has; numbers of the blocks that are done."""
@@ -139,8 +153,7 @@ class Target:
             with _alone(self.partial):
                 join_records(self.partial)
                 os.rename(self.partial, self.path)
-            shutil.rmtree(self.path / ".zcinfer" / "records", ignore_errors=True)
-            shutil.rmtree(self.path / ".zcinfer" / "done")
+            _remove_marks(self.path)
 
     def _clear_halves(self) -> None:
         """Remove what workers that were killed left of the files they wrote."""
@@ -200,6 +213,12 @@ def _refuse_parts(array: Any, rows: slice, number: int) -> None:
             f"block {number}, rows {rows.start:,}–{rows.stop - 1:,}, is not whole {kind} of {whole:,} rows: nothing of "
             "it was written"
         )
+
+
+def _remove_marks(place: Path) -> None:
+    """Of an output that is complete: its name says that it is, and one file has all records."""
+    for name in ("records", "done"):
+        shutil.rmtree(place / ".zcinfer" / name, ignore_errors=True)
 
 
 def token_of(partial: Path) -> str:
