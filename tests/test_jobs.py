@@ -615,6 +615,21 @@ def test_damaged_chunk_of_the_source_names_the_block(tmp_path: Path, source: Pat
     assert marks == '["0", "1"]'
 
 
+def test_what_is_not_complete_gets_no_name(tmp_path: Path, source: Path, script: Script) -> None:
+    script.say("hold", 15)
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(run, "scripted", source, tmp_path / "out.zarr")
+        script.wait_until_held()
+        (tmp_path / "out.zarr.partial" / ".zcinfer" / "done" / "1").unlink()
+        script.unsay("hold")
+        with pytest.raises(BlockError, match=r"1 blocks are not in .*, the first of them block 1,"):
+            job.result(30)
+    assert not (tmp_path / "out.zarr").exists()
+    script.computed()
+    assert run("scripted", source, tmp_path / "out.zarr").computed == 1
+    assert script.computed() == {5: 1}
+
+
 # On a cluster
 
 
@@ -643,6 +658,41 @@ def test_failed_job_on_a_cluster_goes_on_where_it_was(tmp_path: Path, long_sourc
     done = os.listdir(tmp_path / "out.zarr.partial" / ".zcinfer" / "done")
     script.unsay("stop")
     assert 0 < run("scripted", long_source, tmp_path / "out.zarr").computed <= 40 - len(done)
+    assert np.allclose(read(tmp_path / "out.zarr"), by_hand(linear(), rows(200), blocks=(5,) * 40), rtol=0, atol=1e-4)
+
+
+CLUSTER = """
+import sys
+import zcinfer as zc
+if __name__ == "__main__":
+    with zc.LocalCluster(n_workers=1, dashboard=False) as cluster:
+        print(cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_job_whose_scheduler_is_killed_fails_and_goes_on(tmp_path: Path, long_source: Path, script: Script) -> None:
+    """Dask cancels what its client waits for then; it must not be taken for done."""
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    paths = os.pathsep.join([str(Path(zc.__file__).parents[1]), str(Path(__file__).parent)])
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "cluster.py")],
+        env=os.environ | {"PYTHONPATH": paths},
+        stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
+    ) as cluster, ThreadPoolExecutor(1) as pool:  # fmt: skip
+        assert cluster.stdout is not None
+        script.say("hold", 100)
+        with Client(cluster.stdout.readline().strip(), timeout=1):
+            job = pool.submit(run, "scripted", long_source, tmp_path / "out.zarr")
+            script.wait_until_held()
+            cluster.kill()
+            with pytest.raises(BlockError, match="the connection to Dask's scheduler was lost"):
+                job.result(30)
+    script.unsay("hold")
+    assert not (tmp_path / "out.zarr").exists()
+    assert 0 < run("scripted", long_source, tmp_path / "out.zarr").computed < 40
     assert np.allclose(read(tmp_path / "out.zarr"), by_hand(linear(), rows(200), blocks=(5,) * 40), rtol=0, atol=1e-4)
 
 

@@ -44,11 +44,14 @@ def _outcomes_on(client: Any, written: da.Array) -> _Outcomes:
         client.cancel(list(waiting))
 
 
-def _error_of(future: Any) -> BaseException:
+def _error_of(future: Any) -> BaseException | None:
     try:
-        error: BaseException = future.exception()
+        error: BaseException | None = future.exception()
     except CancelledError as cancelled:
         error = cancelled
+    if error is None and future.status != "finished":
+        # All futures of a client that has lost its scheduler are cancelled, and have no exception
+        return CancelledError("the connection to Dask's scheduler was lost, or somebody has cancelled the job")
     return error
 
 

@@ -143,11 +143,20 @@ class Target:
                 write_file(_manifest(new), json.dumps(manifest, indent=1).encode())
                 os.rename(new, self.partial)
         self._clear_halves()
+        return self.done()
+
+    def done(self) -> set[int]:
+        """Numbers of the blocks that are done."""
         marks = (mark.name for mark in (self.partial / ".zcinfer" / "done").iterdir())
         return {int(name) for name in marks if name.isdecimal()}
 
-    def finish(self) -> None:
-        """Give the complete output its name."""
+    def finish(self, blocks: int) -> None:
+        """Give the complete output, which has so many blocks, its name."""
+        if missing := set(range(blocks)) - self.done():
+            raise BlockError(
+                f"{len(missing):,} blocks are not in {self.partial}, the first of them block {min(missing)}, though "
+                "none has failed: somebody has removed their marks. Run again: it does what is missing."
+            )
         self._clear_halves()
         with self._told():
             with _alone(self.partial):

@@ -99,7 +99,7 @@ def write(
                         failed += len(record.failures)
                     if failed > guard.most:
                         raise BlockError(_too_many(records, place, f"more than max_errors={guard.most}"))
-        place.finish()
+        place.finish(len(lengths))
         return report(len(missing))
 
 
