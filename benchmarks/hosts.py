@@ -88,6 +88,16 @@ class Network:
         self.hosts = hosts
         self._switch = switch
 
+    @contextmanager
+    def cut(self, host: Host) -> Iterator[None]:
+        """Let nothing through to or from a host meanwhile, as where its cable is pulled."""
+        port = ("ip", "link", "set", f"port{self.hosts.index(host) + 1}")
+        subprocess.run([*self._switch, *port, "down"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*self._switch, *port, "up"], check=True)
+
     def traffic(self) -> dict[str, tuple[int, int]]:
         """Bytes that each host has sent and received so far, headers included, by its address."""
         told = json.loads(subprocess.check_output([*self._switch, "ip", "-s", "-j", "link"]))

@@ -447,12 +447,14 @@ def dashboard(
 
 def _cluster(workers: int | None, scheduler: str | None) -> Any:
     """Context with a current Dask client."""
+    import logging
     from contextlib import ExitStack
 
     from distributed import Client
 
     stack = ExitStack()
     if scheduler is not None:
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # that it is lost we say ourselves
         try:
             stack.enter_context(Client(scheduler, timeout="10s"))
         except (OSError, ValueError) as error:

@@ -40,8 +40,9 @@ def _outcomes_on(client: Any, written: da.Array) -> _Outcomes:
             waiting.discard(future)
             yield future.key[1], None if future.status == "finished" else _error_of(future)
     finally:
-        # After an error or Ctrl-C the others need not be computed.
-        client.cancel(list(waiting))
+        # After an error or Ctrl-C the others need not be computed. A client that has lost its scheduler would wait for it
+        if client.status == "running":
+            client.cancel(list(waiting))
 
 
 def _error_of(future: Any) -> BaseException | None:
