@@ -89,6 +89,16 @@ class Network:
         self._switch = switch
 
     @contextmanager
+    def slowed(self, host: Host, rate: str) -> Iterator[None]:
+        """Let no more than ``rate`` ("50mbit") through to a host meanwhile."""
+        port = ("dev", f"port{self.hosts.index(host) + 1}", "root")
+        subprocess.run([*self._switch, *_limit("add", *port, rate=rate)], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*self._switch, "tc", "qdisc", "del", *port], check=True)
+
+    @contextmanager
     def cut(self, host: Host) -> Iterator[None]:
         """Let nothing through to or from a host meanwhile, as where its cable is pulled."""
         port = ("ip", "link", "set", f"port{self.hosts.index(host) + 1}")
@@ -116,20 +126,23 @@ def network(number: int, rate: str | None = None) -> Iterator[Network]:
         for host in range(1, number + 1):
             made.append(Host(host, stack.enter_context(_namespace(f"mount -t tmpfs -o size=4g tmpfs {PRIVATE}"))))
             port = f"port{host}"
-            limit = f"root tbf rate {rate} burst 1mb latency 100ms"
             lines = [
                 f"ip link add {port} type veth peer name eth0 netns {made[-1]._init}",
                 f"ip link set {port} master bridge0 up",
-                *([f"tc qdisc add dev {port} {limit}"] if rate else []),
+                *([" ".join(_limit("add", "dev", port, "root", rate=rate))] if rate else []),
             ]
             subprocess.run([*_enter(switch), "sh", "-ec", "\n".join(lines)], check=True)
             lines = [
                 f"ip addr add {NETWORK}.{host}/24 dev eth0",
                 "ip link set eth0 up",
-                *([f"tc qdisc add dev eth0 {limit}"] if rate else []),
+                *([" ".join(_limit("add", "dev", "eth0", "root", rate=rate))] if rate else []),
             ]
             subprocess.run([*made[-1].within, "sh", "-ec", "\n".join(lines)], check=True)
         yield Network(made, _enter(switch))
+
+
+def _limit(verb: str, *where: str, rate: str) -> list[str]:
+    return ["tc", "qdisc", verb, *where, "tbf", "rate", rate, "burst", "1mb", "latency", "100ms"]
 
 
 @contextmanager

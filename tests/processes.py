@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from zcinfer.ray_node import MARK
+
 
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     """Poll ``condition`` until it holds; the test fails where it does not within ``seconds``."""
@@ -42,3 +44,15 @@ def living(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
         except psutil.NoSuchProcess:
             pass
     return alive
+
+
+def processes_below(place: Path) -> list[psutil.Process]:
+    """Living processes of Rays of ours below a directory, and those that work there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK, "").startswith(str(place)) or process.cwd().startswith(str(place)):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return living(found)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import processes_below
 
 from zcinfer import keeper
 from zcinfer.errors import SettingsError, StoreUnavailable
-from zcinfer.ray_node import MARK, RECORD, sweep
+from zcinfer.ray_node import RECORD, sweep
 
 START = """
 import os, sys
@@ -61,25 +62,13 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> bool:
     return True
 
 
-def processes(place: Path) -> list[psutil.Process]:
-    """Processes that carry the mark of a Ray below ``place``, or have their working directory there."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK, "").startswith(str(place)) or process.cwd().startswith(str(place)):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def left(place: Path) -> list[object]:
-    return [*processes(place), *place.iterdir()]
+    return [*processes_below(place), *place.iterdir()]
 
 
 def shared_memory(place: Path) -> set[str]:
     """Files in /dev/shm that a Ray below ``place`` has mapped."""
-    lines = [line for p in processes(place) for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()]
+    lines = [line for p in processes_below(place) for line in Path(f"/proc/{p.pid}/maps").read_text().splitlines()]
     return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line}
 
 
@@ -118,7 +107,7 @@ def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     yield place
     until(lambda: not left(place))
     remains = left(place)
-    for process in processes(place):
+    for process in processes_below(place):
         process.kill()
     assert not remains
     place.rmdir()
@@ -152,7 +141,7 @@ def test_a_named_actor_outlives_its_driver_and_its_process(
     again = "holder = ray.get_actor('holder'); print(ray.get(holder.pid.options(max_task_retries=-1).remote()))"
     assert int(line(run(CONNECT + again, own.address))) not in (pid, 0)
 
-    ours = processes(place)
+    ours = processes_below(place)
     listening = {c.laddr.ip for p in ours for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert listening <= {"127.0.0.1", "::ffff:127.0.0.1"}
     assert not {"dashboard", "monitor"} & {Path(part).stem for p in ours for part in p.cmdline()}
@@ -176,7 +165,7 @@ def test_a_named_actor_outlives_its_driver_and_its_process(
 def test_parent_ends_by_a_signal(place: Path, run: Callable[..., subprocess.Popen[str]], number: int) -> None:
     parent = run(START + CONNECT + HOLDER + WAIT)
     line(parent), line(parent)
-    assert len(processes(place)) > 4
+    assert len(processes_below(place)) > 4
     os.killpg(parent.pid, number)
     assert until(lambda: not left(place))
 
@@ -219,7 +208,7 @@ def test_keeper_killed(place: Path, run: Callable[..., subprocess.Popen[str]]) -
     os.kill(int(line(parent)), signal.SIGKILL)
     # Another process of this user starts a Ray meanwhile: this one is in use
     sweep(place)
-    assert until(lambda: len(processes(place)) > 3)
+    assert until(lambda: len(processes_below(place)) > 3)
     parent.communicate()
     assert parent.returncode == 0
     assert not left(place)
@@ -233,7 +222,7 @@ def test_keeper_and_parent_killed(place: Path, run: Callable[..., subprocess.Pop
     parent.kill()
     parent.wait()
     assert until(lambda: not kept.is_running() or kept.status() == psutil.STATUS_ZOMBIE)
-    assert len(processes(place)) > 3
+    assert len(processes_below(place)) > 3
     sweep(place)
     assert not left(place)
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from distributed import Client, Scheduler
-from processes import living, wait_until
+from processes import living, processes_below, wait_until
 
 import zcinfer as zc
 from zcinfer import catalog, joining, keeper, loading
@@ -27,8 +27,8 @@ from zcinfer.benchmarks.hosts import Command, commands
 from zcinfer.cli import main
 from zcinfer.errors import NodeError, SettingsError
 from zcinfer.joining import HEAD, Offer, versions
+from zcinfer.machines import machines_without
 from zcinfer.node import Head, Workers, serve
-from zcinfer.ray_node import MARK
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -164,18 +164,6 @@ def test_a_token_file_is_there_private_and_not_empty(tmp_path: Path) -> None:
 # --- two nodes on addresses of this machine ------------------------------------------------------------------------
 
 
-def left(place: Path) -> list[psutil.Process]:
-    """Processes of Rays below ``place``, and those that work there."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK, "").startswith(str(place)) or process.cwd().startswith(str(place)):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return living(found)
-
-
 class Cluster:
     """A head at 127.0.0.2 and a member at 127.0.0.3, each with one worker."""
 
@@ -206,7 +194,7 @@ def cluster() -> Iterator[Cluster]:
         cluster = Cluster(started, place)
         cluster.join().ready()
         yield cluster
-    wait_until(lambda: not left(place))
+    wait_until(lambda: not processes_below(place))
     wait_until(lambda: not list(place.glob("zcinfer-ray-*")))
     shutil.rmtree(place)
 
@@ -248,6 +236,13 @@ def test_a_model_comes_to_each_node_once_and_the_job_is_right(client: Client) ->
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_which_machines_do_not_see_a_directory(client: Client, tmp_path: Path) -> None:
+    assert machines_without(client, str(tmp_path)) == []
+    assert machines_without(client, str(tmp_path / "none")) == ["127.0.0.2", "127.0.0.3"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_program_finds_the_store_by_its_dask_client(client: Client, cluster: Cluster) -> None:
     catalog.disconnect()
     assert zc.connect("ray").url.startswith(cluster.ray)
@@ -263,7 +258,7 @@ def test_the_token_decides_and_is_not_shown(cluster: Cluster, tmp_path: Path) ->
     assert f"refuses the token in {other}" in said
     assert "is a node of this cluster already" in cluster.join().refused()
     token = keeper.token_path().read_text()
-    for process in left(cluster.place):
+    for process in processes_below(cluster.place):
         try:
             assert token not in " ".join(process.cmdline())
             assert token not in process.environ().values()
@@ -293,10 +288,10 @@ def test_a_member_that_ends_leaves_nothing(cluster: Cluster, tmp_path: Path, num
     place = Path(tempfile.mkdtemp(prefix="zcm-", dir="/tmp"))
     member = cluster.join(host=f"127.0.0.{100 + number}", TMPDIR=str(place)).ready()
     below = psutil.Process(member.process.pid).children(recursive=True)
-    assert left(place)
+    assert processes_below(place)
     member.send(number)
     assert member.process.wait(20) == (0 if number != signal.SIGKILL else -signal.SIGKILL)
-    wait_until(lambda: not left(place) and not living(below))
+    wait_until(lambda: not processes_below(place) and not living(below))
     wait_until(lambda: not list(place.glob("zcinfer-ray-*")))
     shutil.rmtree(place)
 
@@ -309,4 +304,4 @@ def test_a_member_ends_with_the_head_that_was_killed(cluster: Cluster) -> None:
     cluster.head.process.kill()
     assert member.process.wait(20) == 1
     assert f"the head at {cluster.scheduler} has ended or is out of reach" in member.printed
-    wait_until(lambda: not left(cluster.place))
+    wait_until(lambda: not processes_below(cluster.place))

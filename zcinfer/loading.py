@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import is_
+from socket import gethostname
 from time import perf_counter
 from typing import NamedTuple
 
@@ -175,7 +176,10 @@ def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Stor
     """Map the archive itself when Ray does not answer, if this machine can see the registry."""
     directory = registry_of(ref.store)
     if not directory.exists():
-        raise error
+        raise StoreUnavailable(
+            f"{error} Nor can the archive of {ref} be mapped instead: {gethostname()} has no directory {directory}. "
+            "Keep the registry (zcinfer.registry) in a directory that all machines have."
+        ) from error
     log.warning("%s The archive of %s in %s is mapped instead.", error, ref, directory)
     store = FileStore(directory)
     return store.fetch(ref.digest), store

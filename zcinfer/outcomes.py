@@ -40,7 +40,7 @@ def _outcomes_on(client: Any, written: da.Array) -> _Outcomes:
             waiting.discard(future)
             yield future.key[1], None if future.status == "finished" else _error_of(future)
     finally:
-        # After an error or Ctrl-C the others need not be computed. A client that has lost its scheduler would wait for it
+        # After an error or Ctrl-C the others need not be computed. Who has lost the scheduler would wait for it here
         if client.status == "running":
             client.cancel(list(waiting))
 

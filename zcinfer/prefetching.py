@@ -8,13 +8,12 @@ worker has built a module of it.
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from . import catalog
 from .errors import SettingsError, StoreUnavailable
+from .machines import workers_by_machine
 from .progress import bytes_bar
 from .store import ModelRef
 from .stores import open_store
@@ -69,19 +68,14 @@ def prefetch(model: str | ModelRef, client: Client | None = None, *, progress: b
         begin = perf_counter()
         rows = [("localhost", 1, open_store(ref.store).bring(ref.digest), perf_counter() - begin)]
     else:
-        nodes = _workers_by_node(client)
+        nodes = workers_by_machine(client)
+        if not nodes:
+            raise SettingsError(
+                f"the cluster at {client.scheduler.address} has no workers that could read the model yet"
+            )
         with bytes_bar(f"prefetch {ref}", ref.nbytes * len(nodes), progress) as advance:
             rows = client.sync(_spread, client, ref, nodes, lambda: advance(ref.nbytes))
     return pd.DataFrame(rows, columns=["node", "workers", "bytes", "seconds"])
-
-
-def _workers_by_node(client: Client) -> dict[str, list[str]]:
-    nodes: defaultdict[str, list[str]] = defaultdict(list)
-    for address in client.scheduler_info(n_workers=-1)["workers"]:
-        nodes[urlsplit(address).hostname or address].append(address)
-    if not nodes:
-        raise SettingsError(f"the cluster at {client.scheduler.address} has no workers that could read the model yet")
-    return dict(nodes)
 
 
 async def _spread(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .archive import Archive, copy_archive, write_archive
 from .description import Description
 from .errors import ModelNotFound, OutputError, SettingsError
 from .loading import load_ref
+from .machines import machines_without
 from .parts import join, split
 from .progress import bytes_bar
 from .registry import Version, check_name
@@ -110,7 +112,34 @@ def _publish(
     version = add(shared_with)
     if store is not None:
         store.publish(version.digest)
+    _warn_of_one_machine(version)
     return catalog.ref_of(version)
+
+
+# Registries of which it was said, or need not be, that one machine alone has them.
+_looked_at: set[tuple[str, Path]] = set()
+
+
+def _warn_of_one_machine(version: Version) -> None:
+    """On a cluster of several machines, say where the archive is on this one alone: it would be lost with it."""
+    client, directory = catalog.dask_client(), catalog.registry().directory
+    if client is None or client.asynchronous or (client.id, directory) in _looked_at:
+        return
+    without = machines_without(client, str(directory / "archives" / version.digest))
+    if without is None:
+        return
+    _looked_at.add((client.id, directory))
+    if without:
+        listed = ", ".join(without[:5]) + (" ..." if len(without) > 5 else "")
+        log.warning(
+            "%s: its archive is in %s on %s, and these machines of the cluster do not see it: %s. If this machine is "
+            "lost, what is loaded stays so, and nobody can load it again. Keep the registry in a directory that all "
+            "machines have (zcinfer.registry, or DASK_ZCINFER__REGISTRY), on a network file system.",
+            version,
+            directory,
+            gethostname(),
+            listed,
+        )
 
 
 def _warn_of_private(name: str, described: Description) -> None:

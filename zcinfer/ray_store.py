@@ -312,9 +312,8 @@ class RayStore:
             # Slow is not dead: what hangs is left to hang, and the next one to ask need not wait as long.
             self._retry_at = monotonic() + PATIENCE
             raise StoreUnavailable(
-                f"Ray at {self.address} has not answered within {max(seconds, 0):.0f} s: it is overloaded or stopped, "
-                "or asks for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) that this process does not have. Mend that "
-                "and call zc.connect() again, or use the store 'file'."
+                f"Ray at {self.address} has not answered within {max(seconds, 0):.0f} s: {_why_silent(self.address)}. "
+                "Mend that and call zc.connect() again, or use the store 'file'."
             )
         result, error = outcome
         if error is None:
@@ -447,6 +446,22 @@ def probe(address: str, timeout: float) -> None:
             f"no Ray answers at {address!r}: {error}. Check the address (store='ray:HOST:PORT', RAY_ADDRESS or "
             "zcinfer.ray.address), or leave it out to have one started here."
         ) from None
+
+
+def _why_silent(address: str) -> str:
+    """What can be seen from here of a Ray that does not answer."""
+    parts = urlsplit(f"//{address}")
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout=1).close()
+    except ConnectionRefusedError:
+        return "nothing listens there any more, so its head has ended"
+    except OSError as error:
+        here = socket.gethostname()
+        return f"its head cannot be reached from {here} ({error}): that machine is down, or the network between them"
+    return (
+        "its head listens, so it is overloaded or stopped, or asks for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) "
+        "that this process does not have"
+    )
 
 
 def nodes(address: str, environment: Mapping[str, str | None], seconds: float) -> list[str] | None:

@@ -222,7 +222,7 @@ def contents(directory: Path) -> dict[str, str]:
 def table(runs: Sequence[Run]) -> str:
     """A line for each fault, in Markdown."""
     lines = [
-        "| fault | runs | output equal | went on by itself | most starts again | blocks computed twice | seconds lost |",
+        "| fault | runs | output equal | went on by itself | starts again | blocks computed twice | seconds lost |",
         "|---|---|---|---|---|---|---|",
     ]
     for fault in FAULTS:

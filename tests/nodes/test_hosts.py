@@ -24,7 +24,7 @@ PORT, RAY_PORT = 8786, 6379
 
 # A program on the head: publishes, and does what it is told by lines of its standard input.
 PROGRAM = """
-import json, sys
+import json, logging, sys
 import dask.array as da, numpy as np, torch
 from distributed import Client
 import zcinfer as zc
@@ -39,7 +39,14 @@ async def load(ref):
     from zcinfer.loading import load_ref
     await asyncio.to_thread(load_ref, ref)
 
+told = []
+
+class Told(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+
 def main():
+    logging.getLogger("zcinfer").addHandler(Told())
     torch.set_num_threads(1)  # as the workers have, for equal bits
     with Client(sys.argv[1]) as client:
         zc.connect(sys.argv[2])
@@ -49,6 +56,10 @@ def main():
             if verb == "put":
                 refs[seed] = zc.put(model(int(seed)), f"m{seed}")
                 answer = refs[seed].nbytes
+            elif verb == "told":
+                answer = told
+            elif verb == "digest":
+                answer = refs[seed].digest
             elif verb == "load":  # by all workers of all nodes at the same moment
                 client.run(load, ready(refs[seed]))
                 answer = len(client.scheduler_info()["workers"])
@@ -114,6 +125,14 @@ def cluster() -> Iterator[Cluster]:
         cluster.program.stdout.close()
 
 
+def test_put_says_who_does_not_see_the_registry(cluster: Cluster) -> None:
+    cluster.ask("put", 0)
+    cluster.ask("put", 10)
+    (said,) = cluster.ask("told", 0)  # once
+    assert "these machines of the cluster do not see it: 10.77.0.2, 10.77.0.3." in said
+    assert "zcinfer.registry" in said
+
+
 def test_two_workers_that_ask_at_once_bring_a_model_to_their_host_once(cluster: Cluster) -> None:
     cluster.ask("put", 0)
     cluster.ask("load", 0)  # imports, and Ray's connections
@@ -144,6 +163,57 @@ def test_prefetch_brings_it_and_no_load_waits_for_the_network(cluster: Cluster) 
 def test_a_job_over_all_nodes_is_equal_to_plain_torch(cluster: Cluster) -> None:
     cluster.ask("put", 3)
     assert cluster.ask("compare", 3) is True
+
+
+# A program on a member: loads a model, when it is told to
+LOAD = """
+import json, sys, time
+import torch
+from zcinfer import errors, loading
+from zcinfer.store import ModelRef
+from zcinfer.stores import open_store
+
+ref = ModelRef("cut", 1, sys.argv[2], 0, sys.argv[1])
+open_store(ref.store)
+print("ready", flush=True)
+sys.stdin.readline()
+begin = time.monotonic()
+try:
+    loading.load_ref(ref)
+    said = loading.loads[-1].store
+except errors.StoreUnavailable as error:
+    said = str(error)
+print(json.dumps([said, time.monotonic() - begin]), flush=True)
+"""
+
+
+@pytest.mark.parametrize("registry", ["of the head alone", "of both"])
+def test_a_load_that_is_cut_off_ends_in_time_and_says_why(cluster: Cluster, registry: str) -> None:
+    head, member = cluster.net.hosts[0], cluster.net.hosts[1]
+    seed = 5 if registry == "of both" else 6
+    nbytes = cluster.ask("put", seed)
+    if registry == "of both":
+        shutil.copytree(head.path("registry"), member.path("registry"))
+    member.path("load.py").write_text(LOAD)
+    settings = {"DASK_ZCINFER__RAY__TIMEOUT": "2", "DASK_ZCINFER__RAY__TOKEN_FILE": "/mnt/token"}
+    member.environment |= settings
+    url = f"ray:{head.address}:{RAY_PORT}?registry=%2Fmnt%2Fregistry&auth=own"
+    with member.python("/mnt/load.py", url, cluster.ask("digest", seed)) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        with cluster.net.slowed(member, "40mbit"):
+            before = cluster.received()[member.address]
+            print(file=program.stdin, flush=True)
+            wait_until(lambda: cluster.received()[member.address] > before + 0.1 * nbytes)
+            with cluster.net.cut(member):
+                said, seconds = json.loads(program.stdout.readline())
+    assert seconds < 10  # 2, and 1 for each 10 MB, and 1 to find out why
+    if registry == "of both":
+        assert said == "file"
+    else:
+        assert "its head cannot be reached from" in said
+        assert "no directory /mnt/registry" in said
 
 
 def test_another_clusters_token_is_refused(cluster: Cluster) -> None:
