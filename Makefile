@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo example test test-slow bench bench-check docker-check lint types check format ci constraints clean help
+.PHONY: demo example test test-slow bench bench-check docker-check lint types check format ci constraints clean help faults soak
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -48,6 +48,12 @@ bench-check: $(VENV)/.test ## fail where a ratio of a benchmark has fallen by a 
 
 bench-%: $(VENV)/.test
 	@exec $(BIN)/zcinfer bench $* $(ARGS)
+
+faults: $(VENV)/.test ## a hundred jobs struck by faults at random moments, compared to the bit; writes docs/faults.md
+	@exec $(BIN)/python tests/faults/harness.py --docs $(ARGS)
+
+soak: $(VENV)/.test ## half an hour of loads, predictions, publishes and deletes on two nodes; writes docs/faults.md
+	@exec $(BIN)/python tests/faults/soak.py --docs $(ARGS)
 
 docker-check: ## build the image with docker, podman or buildah, and run the demo in it
 	@TORCH_INDEX="$(TORCH_INDEX)" exec docker/check

@@ -454,7 +454,7 @@ def _cluster(workers: int | None, scheduler: str | None) -> Any:
 
     stack = ExitStack()
     if scheduler is not None:
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # that it is lost we say ourselves
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # that it is lost we say ourselves
         try:
             stack.enter_context(Client(scheduler, timeout="10s"))
         except (OSError, ValueError) as error:

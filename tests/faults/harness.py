@@ -34,7 +34,6 @@ from zcinfer.benchmarks.machine import machine as facts_of_machine
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "faults.md"
-BEGIN, END = "<!-- faults -->\n", "<!-- /faults -->\n"
 DISK = "32m"
 # Seconds after which a job counts as one that hangs; a lost link alone is noticed after 30
 LIMIT = 150.0
@@ -238,18 +237,19 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_what(runs: int) -> str:
+def with_what(what: str) -> str:
     """When, where and with what."""
     facts = facts_of_machine()
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("ray", "distributed", "torch"))
     day, python = facts["when"][:10], facts["python"]
-    return f"{day}, {runs} runs; {facts['machine']}; Python {python}, {versions}; commit {facts['commit']}."
+    return f"{day}, {what}; {facts['machine']}; Python {python}, {versions}; commit {facts['commit']}."
 
 
-def write_docs(text: str) -> None:
-    """Put the table where the docs have it."""
-    before, _, rest = DOCS.read_text().partition(BEGIN)
-    DOCS.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+def docs_table(name: str, text: str) -> None:
+    """Put a text where the docs have the one of that name."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, _, rest = DOCS.read_text().partition(begin)
+    DOCS.write_text(before + begin + text + end + rest.partition(end)[2])
 
 
 @contextmanager
@@ -326,7 +326,7 @@ def main() -> None:
     if not asked.json:
         print("\n" + table(runs), end="")
     if asked.docs:
-        write_docs(f"{with_what(asked.runs)}\n\n{table(runs)}")
+        docs_table("faults", f"{with_what(f'{asked.runs} runs')}\n\n{table(runs)}")
     sys.exit(any(run.wrong for run in runs))
 
 
