@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import dask.array as da
@@ -13,6 +14,9 @@ from processes import wait_until
 from torch import nn
 
 import zcinfer as zc
+from zcinfer.jobstate import Found
+from zcinfer.observer import ENDED, Observer
+from zcinfer.telemetry import PHASES, REMEMBERED, Job
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -75,3 +79,25 @@ def test_a_job_that_failed_has_ended_though_its_result_is_held(client: Client) -
     job = snapshot(client)["jobs"][-1]
     assert (job["state"], job["failed"], job["cancelled"]) == ("failed", 1, 3)
     Event("later", client=client).set()
+
+
+def test_what_is_known_does_not_grow_with_jobs_and_models() -> None:
+    """A scheduler lives for months: it remembers of a process what that remembers itself."""
+    observer, worker = Observer(), SimpleNamespace(name="w", host="here", metrics={})
+    observer.scheduler = SimpleNamespace(workers={"tcp://here:1": worker})
+    zeros = dict.fromkeys(("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved"), 0)
+    for number in range(5 * REMEMBERED):
+        work = {"job": f"job{number}", "model": f"m@{number}", "seconds": [0.0] * len(PHASES)} | zeros | {"rows": 1}
+        worker.metrics["zcinfer"] = {
+            "epoch": "a", "private": 0, "shared": 0, "failures": [], "work": [work], "loads": [{"model": f"m@{number}"}]
+        }  # fmt: skip
+        observer.sample()
+        found = Found(Job(f"job{number}", "a job"))
+        observer._add(found, {})
+        observer.jobs[max(observer.jobs)].ended = 1.0
+    (device,) = observer.devices.values()
+    assert device.totals[0] == 5 * REMEMBERED
+    assert list(device._last) == [(f"job{n}", f"m@{n}") for n in range(4 * REMEMBERED, 5 * REMEMBERED)]
+    assert len(observer.models) == 2 * REMEMBERED
+    assert len(observer.sums) <= ENDED + 2
+    assert len(observer.jobs) <= ENDED + 2

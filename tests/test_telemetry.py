@@ -188,11 +188,11 @@ def test_a_snapshot_goes_over_the_wire_and_leaves_out_what_is_old() -> None:
 
 
 def test_old_jobs_are_forgotten() -> None:
-    for number in range(telemetry._REMEMBERED + 5):
+    for number in range(telemetry.REMEMBERED + 5):
         with telemetry.block(Job(str(number), "n"), "m@1", "block 0", 1, 1, 1):
             pass
     assert [w["job"] for w in telemetry.snapshot()["work"]] == [
-        str(number) for number in range(5, telemetry._REMEMBERED + 5)
+        str(number) for number in range(5, telemetry.REMEMBERED + 5)
     ]
 
 

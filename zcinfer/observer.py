@@ -19,7 +19,7 @@ from tornado.ioloop import PeriodicCallback
 
 from . import prometheus
 from .jobstate import Found, JobState, jobs_in
-from .telemetry import PHASES
+from .telemetry import PHASES, REMEMBERED
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Device:
         for work in counted["work"]:
             key = (work["job"], work["model"])
             found = np.array([*(work[name] for name in _SUMS), *work["seconds"]])
-            added = found - self._last.get(key, 0)
+            added = found - self._last.pop(key, 0)
             self._last[key] = found
             if added.any():
                 more.append((work["job"], added))
@@ -87,6 +87,10 @@ class Device:
                 if work["model"] in self.models:
                     self.models.remove(work["model"])
                 self.models = [work["model"], *self.models][:5]
+        # What the process has forgotten begins anew if it comes again; both forget what was used least recently
+        for old in list(self._last)[:-REMEMBERED]:
+            del self._last[old]
+        self.jobs = {job: at for job, at in self.jobs.items() if now - at < LATELY}
         self.second = np.sum([added for _, added in more], axis=0) if more else np.zeros(len(COLUMNS))
         self.totals += self.second
         return more
@@ -191,6 +195,9 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         ended = [number for number, job in self.jobs.items() if job.ended is not None]
         for number in ended[:-ENDED]:
             del self.jobs[number], self._before[number]
+        if ended[:-ENDED]:
+            keys = {job.job.key for job in self.jobs.values()}
+            self.sums = {key: sums for key, sums in self.sums.items() if key in keys}
 
     @_quietly
     def transition(self, key: Any, start: str, finish: str, *_: Any, **told: Any) -> None:
@@ -244,7 +251,9 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         gone = [a for a, device in self.devices.items() if device.gone is not None and now - device.gone > HOUR]
         for address in gone:
             del self.devices[address]
-        self.models = {key: loads for key, loads in self.models.items() if key[1] in self.devices}
+        # Those told last are last; a process tells of all that it remembers
+        told = [(key, loads) for key, loads in self.models.items() if key[1] in self.devices]
+        self.models = dict(told[-2 * REMEMBERED * len(self.devices) :] if self.devices else [])
         self.spent += time.perf_counter() - begin
 
     def _tell(self, failure: dict[str, Any]) -> None:
@@ -254,6 +263,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
 
     def _take_loads(self, device: Device, loads: list[dict[str, Any]]) -> None:
         for loaded in loads:
+            self.models.pop((loaded["model"], device.address), None)
             self.models[loaded["model"], device.address] = loaded
 
     async def snapshot(self, since: int = 0, **_: Any) -> dict[str, Any]:

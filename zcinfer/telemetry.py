@@ -41,7 +41,7 @@ BOUNDS = tuple(1e-4 * 2**power for power in range(24))
 
 # Pairs of job and model, and models, that are remembered (the ones used least recently go); failures, and characters
 # of each.
-_REMEMBERED, _FAILURES, _CHARACTERS = 100, 20, 4000
+REMEMBERED, _FAILURES, _CHARACTERS = 100, 20, 4000
 
 
 class Job(NamedTuple):
@@ -345,7 +345,7 @@ def _work(job: Job, model: str) -> Work:
     work = _works.get(key)
     if work is None:
         work = _works[key] = Work(job, model)
-        while len(_works) > _REMEMBERED:
+        while len(_works) > REMEMBERED:
             _works.popitem(last=False)
     _works.move_to_end(key)
     work.touched = time.time()
@@ -356,7 +356,7 @@ def _loads_of(model: str) -> Loads:
     loads = _loads.get(model)
     if loads is None:
         loads = _loads[model] = Loads(model)
-        while len(_loads) > _REMEMBERED:
+        while len(_loads) > REMEMBERED:
             _loads.popitem(last=False)
     _loads.move_to_end(model)
     return loads
