@@ -19,7 +19,8 @@ def main(address: str, number: str) -> None:
     source = os.fdopen(0, "rb", buffering=0)
     security = pickle.load(source)
     threading.Thread(target=_watch, args=[source.fileno()], daemon=True).start()
-    from .server import Access, serve
+    from .access import Access
+    from .server import serve
 
     listening = socket.socket(fileno=int(number))
     listening.setblocking(False)

@@ -1,23 +1,18 @@
-"""The program that serves the page: one poller that asks the scheduler each second, however many pages are open.
+"""The program that serves the page, its samples and its report, to whom `access` lets in.
 
-Wiring only: what the figures are is in `history`, what they say in `words` and `views`. Reads, and changes nothing.
+Wiring only: what is asked of the scheduler is in `poller`, what the figures are in `history`, what they say in `words`
+and `views`. Reads, and changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-import pickle
 import secrets
 import signal
 import socket
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import panel
 from bokeh.application import Application
@@ -25,193 +20,18 @@ from bokeh.application.handlers.function import FunctionHandler
 from bokeh.document import Document
 from bokeh.server.views.auth_request_handler import AuthRequestHandler
 from distributed import Security
-from distributed.core import rpc
-from markupsafe import Markup
 from panel.io.server import get_server
 from tornado.ioloop import IOLoop
 from tornado.web import HTTPError, authenticated
 
 from zcinfer.errors import SettingsError
-from zcinfer.observer import HANDLER, NAME, Observer
 
-from .history import History
+from .access import LOOPBACK, Access
 from .page import Page, report
+from .poller import Poller
 from .samples import lines
-from .views import parts
 
-__all__ = ["Access", "Poller", "serve"]
-
-log = logging.getLogger(__name__)
-
-LOOPBACK = "127.0.0.1"
-# Seconds between two questions to the scheduler, and that it may take for an answer
-_EVERY, _PATIENCE = 1.0, 5.0
-_LOCAL = ("127.0.0.1", "localhost")
-
-
-class Poller:
-    """Asks a scheduler each second, and feeds one history.
-
-    Parameters
-    ----------
-    address : str
-        Of the scheduler.
-    security : distributed.Security, optional
-
-    Attributes
-    ----------
-    history : History
-    """
-
-    def __init__(self, address: str, security: Security | None = None):
-        self.address = address
-        self.history = History(address)
-        self._arguments = (security or Security()).get_connection_args("client")
-        self._scheduler: Any = None
-        self._received = time.monotonic()
-        self._shown: dict[str, Markup] | None = None
-        self._shown_sequence = -1
-        self._beat = 0
-
-    async def run(self) -> None:
-        """Poll for ever."""
-        while True:
-            began = time.monotonic()
-            await self.poll()
-            await asyncio.sleep(max(0.05, _EVERY - (time.monotonic() - began)))
-
-    async def poll(self) -> None:
-        """Ask once; whatever goes wrong is what the page says."""
-        try:
-            if self._scheduler is None:
-                await asyncio.wait_for(self._connect(), _PATIENCE)
-            question = getattr(self._scheduler, HANDLER)(since=self.history.last_second)
-            answer = await asyncio.wait_for(question, _PATIENCE)
-            if "jobs" not in answer:
-                raise OSError("the scheduler does not know zcinfer")
-            self.history.take(answer)
-            self._received = time.monotonic()
-        except Exception as error:
-            await self.close()
-            self.history.lose(_why(error))
-
-    async def _connect(self) -> None:
-        self._scheduler = rpc(self.address, connection_args=self._arguments, timeout=_PATIENCE)
-        # One that is there already stays as it is
-        await self._scheduler.register_scheduler_plugin(plugin=pickle.dumps(Observer()), name=NAME, idempotent=True)
-        identity = await self._scheduler.identity(n_workers=0)
-        port = identity.get("services", {}).get("dashboard")
-        host = urlsplit(self.address).hostname
-        self.history.links = {"Dask’s own pages": f"http://{host}:{port}/status"} if port else {}
-
-    async def close(self) -> None:
-        """Let go of the scheduler."""
-        scheduler, self._scheduler = self._scheduler, None
-        if scheduler is not None:
-            await scheduler.close_rpc()
-
-    async def everything(self) -> dict[str, Any]:
-        """A snapshot with the whole last hour."""
-        if self._scheduler is None:
-            raise OSError(self.history.problem or "not connected")
-        return dict(await asyncio.wait_for(getattr(self._scheduler, HANDLER)(since=0), _PATIENCE))
-
-    @property
-    def shown(self) -> dict[str, Markup]:
-        """HTML of each part, made once for all pages."""
-        if self._shown is None or self._shown_sequence != self.history.sequence:
-            self._shown, self._shown_sequence = parts(self.history), self.history.sequence
-        return self._shown
-
-    @property
-    def age(self) -> str:
-        """Seconds since the scheduler answered, and a number that makes each of these differ."""
-        self._beat += 1
-        if self.history.now is None:
-            return ""
-        return f"{time.monotonic() - self._received:.1f} {self._beat}"
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        return "the scheduler does not answer"
-    if isinstance(error, OSError):
-        return "no scheduler answers there"
-    log.debug("a poll failed", exc_info=error)
-    return f"{type(error).__name__}: {error}"
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may look at the page.
-
-    Parameters
-    ----------
-    host : str
-        Address to listen on. Any but this machine's own needs ``passwords``.
-    port : int
-        0: any that is free.
-    origins : tuple of str
-        HOST:PORT by which browsers may call it, where it listens beyond this machine.
-    passwords : str or dict of str to str, optional
-        One for all, or by name.
-
-    Raises
-    ------
-    SettingsError
-        It would be open to other machines without authentication, or nobody could call it.
-    """
-
-    host: str = LOOPBACK
-    port: int = 0
-    origins: tuple[str, ...] = ()
-    passwords: str | dict[str, str] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.host in _LOCAL:
-            return
-        if not self.passwords:
-            raise SettingsError(
-                f"the dashboard would be open to whoever reaches {self.host}: give --password-file, or leave out "
-                "--host and look through `ssh -L`."
-            )
-        if not self.origins:
-            raise SettingsError(
-                f"the dashboard listens on {self.host}: say by which HOST:PORT browsers call it, with --origin (as in "
-                "--origin node7:8788). Pages of other sites are refused."
-            )
-
-    def allowed(self, port: int) -> list[str]:
-        """Values of a request's Host that are answered, and Origins of a websocket."""
-        return [*(f"{name}:{port}" for name in _LOCAL), *self.origins]
-
-    @staticmethod
-    def passwords_from(path: str) -> str | dict[str, str]:
-        """Passwords of a file: one alone, or a JSON object of names and passwords.
-
-        Raises
-        ------
-        SettingsError
-            It cannot be read, others can read it, or it holds none.
-        """
-        file = Path(path)
-        try:
-            if file.stat().st_mode & 0o077:
-                raise SettingsError(f"{file} can be read by others: chmod 600 it, and choose another password.")
-            text = file.read_text().strip()
-        except OSError as error:
-            raise SettingsError(f"the password's file cannot be read: {error}") from error
-        if not text.startswith("{"):
-            if not text:
-                raise SettingsError(f"{file} is empty: write a password into it.")
-            return text
-        try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise SettingsError(f"{file} is not JSON: {error}") from error
-        if not found or not all(isinstance(value, str) and value for value in found.values()):
-            raise SettingsError(f'{file}: write {{"name": "password", ...}}')
-        return dict(found)
+__all__ = ["serve"]
 
 
 class _Download(AuthRequestHandler):  # type: ignore[misc]

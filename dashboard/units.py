@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zcinfer.sizes import format_size
 
-__all__ = ["about", "count", "duration", "format_size", "load_time", "percent", "plural", "rate"]
+__all__ = ["about", "count", "duration", "format_size", "load_time", "percent", "plural", "rate", "share"]
 
 
 def count(number: float) -> str:
@@ -105,3 +105,14 @@ def load_time(seconds: float) -> str:
     if seconds < 0.1:
         return f"{seconds * 1e3:.1f} ms"
     return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def share(part: float, whole: float) -> float:
+    """Percent of a whole, for the width of a bar.
+
+    Examples
+    --------
+    >>> share(1, 3), share(1, 0)
+    (33.333, 0.0)
+    """
+    return round(100 * part / whole, 3) if whole else 0.0

@@ -5,19 +5,19 @@ Needs no server: a report is made of the same. What users have named is text her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from zcinfer.telemetry import KINDS, LOAD_PHASES, PHASES
-
-from .charts import POINTS, POINTS_SECONDS, bars, line
-from .history import MINUTE, History, Run, Track
-from .units import about, count, duration, format_size, load_time, percent, plural, rate
-from .words import PHASE_NAMES, bottleneck, errors, loading, middle, sentence, stalled
+from .device_views import devices, where_time_goes
+from .history import History
+from .model_views import models
+from .runs import Run
+from .units import about, count, duration, percent, plural, rate, share
+from .words import bottleneck, errors, loading, sentence, stalled
 
 __all__ = ["PARTS", "parts", "template"]
 
@@ -27,7 +27,7 @@ _ENVIRONMENT = Environment(
 )
 
 # What is shown of a cluster of any size
-_MOST_DEVICES, _MOST_RUNS, _MOST_ERRORS, _MOST_MODELS = 64, 30, 30, 50
+_MOST_RUNS, _MOST_ERRORS = 30, 30
 
 _STATE_WORDS = {
     "connecting": "Connecting",
@@ -74,7 +74,7 @@ def progress(history: History) -> dict[str, Any]:
     ):
         blocks = sum(getattr(run, name) for run in shown)
         if blocks or name in ("done", "running", "queued", "failed"):
-            segments.append({"name": name, "word": word, "blocks": count(blocks), "share": _share(blocks, total)})
+            segments.append({"name": name, "word": word, "blocks": count(blocks), "share": share(blocks, total)})
     done = sum(run.done for run in shown)
     return {
         "total": total,
@@ -108,106 +108,13 @@ def tiles(history: History) -> dict[str, Any]:
 def rates(history: History) -> dict[str, Any]:
     """Rows a second, in words."""
     rows = sum(run.sums["rows"] for run in history.active or history.runs[-1:])
-    now = history.now or 0.0
     return {
         "now": rate(history.rate(5)),
         "spans": [
             (name, rate(history.rate(60 * minutes))) for name, minutes in (("1 min", 1), ("10 min", 10), ("1 h", 60))
         ],
         "rows": count(rows),
-        "devices": [(_name(track), rate(track.mean("rows", now, MINUTE))) for track in _tracks(history)[:8]],
     }
-
-
-def devices(history: History) -> dict[str, Any]:
-    """What each device does."""
-    now = history.now or 0.0
-    rows = []
-    for track in _tracks(history):
-        plain, gone = track.plain, track.plain["gone"]
-        computing = track.binned("computing", now, POINTS_SECONDS, POINTS)
-        private = track.binned("private", now, POINTS_SECONDS, POINTS)
-        used = min(1.0, track.mean("computing", now, MINUTE))
-        rows.append(
-            {
-                "node": plain["host"],
-                "name": _name(track),
-                "gone": gone is not None,
-                "since": gone,
-                "running": count(plain["running"]),
-                "busy": plain["running"] > 0,
-                "jobs": ", ".join(dict.fromkeys(history.names.get(job, job) for job in plain["jobs"])),
-                "model": plain["models"][0] if plain["models"] else "",
-                "used": percent(used, 1),
-                "used_line": line(computing, 1.0),
-                "private": format_size(plain["private"]),
-                "shared": format_size(plain["shared"]),
-                "private_line": line(private, max([*private, 1.0])),
-                "rate": rate(track.mean("rows", now, MINUTE)),
-            }
-        )
-    return {"rows": rows[:_MOST_DEVICES], "more": max(0, len(rows) - _MOST_DEVICES)}
-
-
-def where_time_goes(history: History) -> dict[str, Any]:
-    """Where the time of each device goes."""
-    now = history.now or 0.0
-    rows = []
-    used: set[str] = set()
-    for track in _tracks(history):
-        phases, recent = track.phases()
-        total = sum(phases.values())
-        shares = {phase: _share(phases[phase], total) for phase in PHASES if phases[phase] > 0.001 * total}
-        used |= shares.keys()
-        told = {
-            phase: {"phase": phase, "word": PHASE_NAMES[phase][0], "share": share, "text": percent(share, 100)}
-            for phase, share in shares.items()
-        }
-        most = [told[phase] for phase in sorted(shares, key=lambda phase: -shares[phase])[:2]]
-        rows.append({"name": _name(track), "parts": list(told.values()), "most": most, "recent": recent})
-    return {
-        "rows": [row for row in rows if row["parts"]][:_MOST_DEVICES],
-        "bottleneck": bottleneck(history.present, now),
-        "legend": [(phase, PHASE_NAMES[phase][0]) for phase in PHASES if phase in used],
-    }
-
-
-def models(history: History) -> dict[str, Any]:
-    """How each model was loaded, on each node."""
-    hosts = {address: track.plain["host"] for address, track in history.devices.items()}
-    together: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for loads in history.models:
-        together.setdefault((loads["model"], hosts.get(loads["device"], "?")), []).append(loads)
-    rows = []
-    for (model, node), parts in sorted(together.items())[:_MOST_MODELS]:
-        counts = [sum(part["counts"][kind] for part in parts) for kind in range(len(KINDS))]
-        loaded = sum(counts[:-1])
-        seconds = [sum(part["seconds"][phase] for part in parts) for phase in range(len(LOAD_PHASES))]
-        histograms = {
-            kind: [sum(column) for column in zip(*found, strict=True)]
-            for kind in KINDS[:-1]
-            if (found := [part["histograms"][kind] for part in parts if kind in part["histograms"]])
-        }
-        rows.append(
-            {
-                "model": model,
-                "node": node,
-                "kinds": [(kind, count(many)) for kind, many in zip(KINDS[:-1], counts, strict=False) if many],
-                "middle": load_time(middle(histograms.values())) if loaded else "",
-                "phases": [
-                    (phase, load_time(spent / max(1, loaded)))
-                    for phase, spent in zip(LOAD_PHASES, seconds, strict=True)
-                    if spent
-                ],
-                "bars": bars(histograms),
-                "shared": format_size(max(part["shared"] for part in parts)),
-                "private": format_size(max(part["private"] for part in parts)),
-                "hits": count(counts[-1]),
-                "evicted": count(sum(part["evicted"] for part in parts)),
-                "workers": plural(len(parts), "worker"),
-            }
-        )
-    return {"rows": rows, "loading": loading(history)}
 
 
 def failures(history: History) -> dict[str, Any]:
@@ -246,7 +153,7 @@ def jobs(history: History) -> dict[str, Any]:
                 "models": ", ".join(run.models),
                 "done": count(run.done),
                 "total": count(run.total),
-                "share": _share(run.done, run.total),
+                "share": share(run.done, run.total),
                 "failed": run.failed,
                 "rows": count(run.sums["rows"]),
                 "begun": run.begun,
@@ -285,21 +192,3 @@ def template(name: str) -> Template:
 
 def _rate_of(run: Run, now: float) -> str:
     return rate(run.sums["rows"] / max(0.001, (run.ended or now) - run.begun))
-
-
-def _share(part: float, whole: float) -> float:
-    return round(100 * part / whole, 3) if whole else 0.0
-
-
-def _name(track: Track) -> str:
-    return f"worker {track.plain['name']}"
-
-
-def _tracks(history: History) -> list[Track]:
-    """Devices as they are shown: those that are there first, by node and name."""
-
-    def order(track: Track) -> tuple[bool, str, int, str]:
-        name = str(track.plain["name"])
-        return track.plain["gone"] is not None, track.plain["host"], int(name) if name.isdigit() else 0, name
-
-    return sorted(history.devices.values(), key=order)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from zcinfer.telemetry import BOUNDS, KINDS, PHASES
 
-from .history import MINUTE, History, Run, Track
+from .history import History
+from .runs import Run
+from .tracks import MINUTE, Track
 from .units import about, count, duration, load_time, percent, plural
 
 __all__ = ["Bottleneck", "Loading", "Sentence", "bottleneck", "errors", "loading", "sentence", "stalled"]

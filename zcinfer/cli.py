@@ -432,7 +432,8 @@ def dashboard(
     from .activation import check_installed
 
     check_installed()
-    from .dashboard.server import Access, serve
+    from .dashboard.access import Access
+    from .dashboard.server import serve
 
     passwords = Access.passwords_from(password_file) if password_file is not None else None
     access = Access(host, port, origins, passwords)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from zcinfer.dashboard.access import Access
 from zcinfer.dashboard.history import History
-from zcinfer.dashboard.server import Access
 from zcinfer.dashboard.throughput import columns
 from zcinfer.dashboard.views import parts
 from zcinfer.dashboard.words import bottleneck, sentence, stalled
