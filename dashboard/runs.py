@@ -11,7 +11,7 @@ from zcinfer.telemetry import PHASES
 
 __all__ = ["Run", "runs"]
 
-_COUNTS = ("total", "before", "done", "running", "queued", "failed", "cancelled", "retried")
+_COUNTS = ("total", "before", "done", "running", "queued", "failed", "cancelled", "retried", "done_again")
 ACTIVE = ("waiting", "running")
 
 
@@ -27,8 +27,10 @@ class Run:
     models : tuple of str
     state : str
         "waiting", "running", "finished", "failed", "cancelled"; or "lost", with a scheduler that was.
-    total, before, done, running, queued, failed, cancelled, retried : int
+    total, before, done, running, queued, failed, cancelled : int
         Blocks.
+    retried, done_again : int
+        Blocks that went to a worker more than once; and those of them that are done.
     begun : float
     ended, last : float or None
         Seconds since 1970, on the scheduler's clock; ``last``: of the last block.
@@ -51,6 +53,7 @@ class Run:
     failed: int
     cancelled: int
     retried: int
+    done_again: int
     begun: float
     ended: float | None
     last: float | None

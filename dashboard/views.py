@@ -29,6 +29,16 @@ _ENVIRONMENT = Environment(
 # What is shown of a cluster of any size
 _MOST_RUNS, _MOST_ERRORS = 30, 30
 
+# Of the bar, and what each is called
+_SEGMENTS = (
+    ("done", "done"),
+    ("retried", "retried"),
+    ("failed", "failed"),
+    ("running", "running"),
+    ("queued", "queued"),
+    ("cancelled", "not run"),
+)
+
 _STATE_WORDS = {
     "connecting": "Connecting",
     "disconnected": "Disconnected",
@@ -61,28 +71,27 @@ def about_cluster(history: History) -> dict[str, Any]:
 
 
 def progress(history: History) -> dict[str, Any]:
-    """Blocks of what runs, or of what ran last, by what became of them."""
+    """Blocks of what runs, or of what ran last, by what became of them; together they are all blocks."""
     shown = history.active or history.runs[-1:]
-    total = sum(run.total for run in shown)
+    total, done, retried, again = (
+        sum(getattr(run, name) for run in shown) for name in ("total", "done", "retried", "done_again")
+    )
     segments = []
-    for name, word in (
-        ("done", "done"),
-        ("failed", "failed"),
-        ("running", "running"),
-        ("queued", "queued"),
-        ("cancelled", "not run"),
-    ):
-        blocks = sum(getattr(run, name) for run in shown)
-        if blocks or name in ("done", "running", "queued", "failed"):
+    for name, word in _SEGMENTS:
+        blocks = again if name == "retried" else sum(getattr(run, name) for run in shown)
+        blocks -= again if name == "done" else 0
+        if blocks or name != "cancelled":
             segments.append({"name": name, "word": word, "blocks": count(blocks), "share": share(blocks, total)})
-    done = sum(run.done for run in shown)
+    said = f"{count(done)} of {plural(total, 'block')} done" + (
+        f", {count(again)} of them when retried" if again else ""
+    )
     return {
         "total": total,
         "segments": segments,
         "done": percent(done, total),
-        "retried": count(sum(run.retried for run in shown)),
+        "retrying": count(retried - again) if retried > again else None,
         "before": count(sum(run.before for run in shown)) if any(run.before for run in shown) else None,
-        "text": f"{count(done)} of {plural(total, 'block')} done",
+        "text": f"{said}, {count(again)} of them when retried" if again else said,
         "active": bool(history.active),
     }
 

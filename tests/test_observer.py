@@ -145,6 +145,17 @@ def test_a_restart_tells_what_was_done_before(client: Client, tmp_path: Path) ->
     assert failed["done"] <= again["before"] == 5 - again["total"]  # what ran on when it failed is done, too
 
 
+def blocks_of_last(dask_scheduler: Any) -> list[Any]:
+    """Tasks with blocks of the last job."""
+    observer = dask_scheduler.plugins[Observer.name]
+    return [key for key, jobs in observer._owners.items() if any(job.number == max(observer.jobs) for job in jobs)]
+
+
+def sent(dask_scheduler: Any) -> list[Any]:
+    """Each task that went to a worker, as the scheduler has noted it."""
+    return [row[0] for row in dask_scheduler.transition_log if row[2] == "processing"]
+
+
 @pytest.mark.slow
 def test_a_block_that_is_done_twice_is_one(client: Client, tmp_path: Path) -> None:
     (tmp_path / "hold").touch()
@@ -155,12 +166,15 @@ def test_a_block_that_is_done_twice_is_one(client: Client, tmp_path: Path) -> No
     assert last(client)["running"] >= 1
     assert last(client)["state"] == "running"
     killed = int(held.read_text())
+    blocks = client.run_on_scheduler(blocks_of_last)
     (tmp_path / "hold").unlink()
     os.kill(killed, signal.SIGKILL)
     future.result()
     total, done, failed, retried, *rest = counts(last(client))
     assert (total, done, failed, rest) == (10, 10, 0, [0, 0, 0])
-    assert retried >= 1
+    log = client.run_on_scheduler(sent)
+    assert len(blocks) == 10
+    assert retried == last(client)["done_again"] == sum(log.count(block) > 1 for block in blocks) >= 1
     gone = [device for device in snapshot(client)["devices"] if device["gone"] is not None]
     assert gone
 
@@ -221,16 +235,41 @@ def test_no_sequence_of_states_makes_counts_wrong(moves: list[tuple[int, str]]) 
     blocks = {number: number + 1 for number in range(5)}
     state = JobState(1, Job("key", "name"), ["m@1"], blocks, 0, 0.0)
     done = 0
+    sent: list[int] = []
     for now, (key, finish) in enumerate(moves):
+        if finish == "processing" and state.ended is None:
+            sent.append(key)
         state.moved(key, finish, float(now))
         told = state.plain()
         places = [told[name] for name in ("queued", "running", "done", "failed", "cancelled")]
         assert sum(places) == told["total"] == 15
         assert min(places) >= 0
         assert told["done"] >= done
+        assert told["retried"] == sum(blocks[key] for key in blocks if sent.count(key) > 1)
+        assert told["done_again"] <= min(told["retried"], told["done"])
         done = told["done"]
     if all(("memory") in [finish for number, finish in moves if number == key][:1] for key in blocks):
         assert state.state == "finished"
+
+
+def test_a_block_that_went_to_a_worker_again_is_retried_once() -> None:
+    state = JobState(1, Job("key", "name"), [], dict.fromkeys("abcd", 2), 0, 0.0)
+    moves = [
+        *(("a", "processing"), ("a", "memory")),
+        # Its worker was lost, twice
+        *(("b", "processing"), ("b", "waiting"), ("b", "processing"), ("b", "waiting"), ("b", "processing")),
+        # The result was lost with its worker
+        *(("c", "processing"), ("c", "memory"), ("c", "released"), ("c", "waiting"), ("c", "processing")),
+        ("d", "processing"),
+    ]
+    for key, finish in moves:
+        state.moved(key, finish, 1.0)
+    told = state.plain()
+    assert (told["retried"], told["done_again"], told["done"], told["running"]) == (4, 2, 4, 4)
+    for key in "bcd":
+        state.moved(key, "memory", 2.0)
+    told = state.plain()
+    assert (told["retried"], told["done_again"], told["done"], told["state"]) == (4, 4, 8, "finished")
 
 
 def test_pace_is_of_the_last_blocks() -> None:

@@ -48,15 +48,20 @@ class JobState:
         self.last: float | None = None
         self.total = sum(blocks.values())
         self.counts = Counter(queued=self.total)
-        self.retried = 0
+        # Blocks that went to a worker more than once, each counted once; and those of them that are done
+        self.retried = self.done_again = 0
         self.errors: dict[str, dict[str, Any]] = {}
         self._blocks = blocks
         self._state = dict.fromkeys(blocks, "queued")
         self._completions: deque[float] = deque(maxlen=_PACE)
+        self._sent: set[Any] = set()
+        self._again: set[Any] = set()
 
     def moved(self, key: Any, finish: str, now: float) -> None:
         """Take note that a task of this job is in another of Dask's states."""
         before = self._state.get(key, "done")
+        if finish == "processing" and key in self._state:
+            self._sent_to_worker(key, before)
         if before == "done":
             return  # a result that was lost, and is computed again, was counted
         if finish == "memory":
@@ -75,14 +80,22 @@ class JobState:
         self.counts[before] -= blocks
         self.counts[after] += blocks
         self._state[key] = after
-        if before == "running" and after == "queued":
-            self.retried += blocks
         if after == "done":
+            self.done_again += blocks if key in self._again else 0
             self.last = now
             self._completions.append(now)
         if not self.counts["queued"] and not self.counts["running"]:
             self.ended = now
-            self._blocks, self._state = {}, {}
+            self._blocks, self._state, self._sent, self._again = {}, {}, set(), set()
+
+    def _sent_to_worker(self, key: Any, before: str) -> None:
+        # Also where a worker was lost with the result: such blocks are done, and stay so. Those that another worker
+        # takes over before they begin do not pass through here.
+        if key in self._sent and key not in self._again:
+            self._again.add(key)
+            self.retried += self._blocks[key]
+            self.done_again += self._blocks[key] if before == "done" else 0
+        self._sent.add(key)
 
     def erred(self, key: Any, message: str, traceback: str, now: float) -> None:
         """Take note of an error; those of the same cause, in whatever block, are one."""
@@ -135,6 +148,7 @@ class JobState:
             "before": self.before,
             **counts,
             "retried": self.retried,
+            "done_again": self.done_again,
             "begun": self.begun,
             "ended": self.ended,
             "last": self.last,

@@ -156,13 +156,15 @@ class _OfScheduler:
         labels = ("number", "job", "name")
         blocks = _gauge("zcinfer_job_blocks", "Blocks of a job, by state", (*labels, "state"))
         total = _gauge("zcinfer_job_blocks_all", "Blocks of a job, in all", labels)
+        again = _gauge("zcinfer_job_blocks_retried", "Blocks of a job that went to a worker again", labels)
         spent = _counter("zcinfer_observer_seconds", "What following jobs took of the scheduler's time", ())
         if observer is not None:
             for job in observer.jobs.values():
                 told = job.plain()
                 values = [str(told["number"]), told["job"], told["name"]]
                 total.add_metric(values, told["total"])
+                again.add_metric(values, told["retried"])
                 for state in ("queued", "running", "done", "failed", "cancelled"):
                     blocks.add_metric([*values, state], told[state])
             spent.add_metric([], observer.spent)
-        yield from (blocks, total, spent)
+        yield from (blocks, total, again, spent)

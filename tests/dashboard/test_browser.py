@@ -95,7 +95,7 @@ def test_it_follows_a_job_from_its_first_block_to_its_last(
         told = job.told()
         assert (told["done"], told["sums"]["rows"]) == (40, 400)
         assert re.search(r"embed@1 Finished 40 of 40 400 ", one.text("#part-jobs tbody"))
-        assert one.text("#part-progress") == "40 done 0 failed 0 running 0 queued 0 retried"
+        assert one.text("#part-progress") == "40 done 0 retried 0 failed 0 running 0 queued"
         assert "400 rows" in one.text("#part-rates")
         assert "All zero-copy" in one.text("#part-tiles")
         hits = sum(loads["counts"][3] for loads in client.sync(client.scheduler.zcinfer_snapshot)["models"])
@@ -117,7 +117,7 @@ def test_it_says_running_stalled_and_how_long_it_takes(
         f"Stalled: embed@1: {told['done']} of 40 blocks, {told['done'] * 100 // 40} %, nothing finished for "
     )
     assert said.endswith("2 of 2 devices busy, none failed")
-    expected = f"{told['done']} done 0 failed {told['running']} running {told['queued']} queued 0 retried"
+    expected = f"{told['done']} done 0 retried 0 failed {told['running']} running {told['queued']} queued"
     assert here.text("#part-progress") == expected
     # Paused, it stays as it is.
     here.page.click("#pause")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ BEGUN = 1_800_000_000.0
 
 
 def job(name: str = "embed", **changed: Any) -> dict[str, Any]:
-    counts = dict.fromkeys(("queued", "running", "done", "failed", "cancelled", "retried", "before"), 0)
+    counts = dict.fromkeys(("queued", "running", "done", "failed", "cancelled", "retried", "done_again", "before"), 0)
     told = {
         "number": 1,
         "submission": 1,
@@ -141,6 +142,15 @@ def test_devices_that_compute_all_the_time_wait_for_nothing() -> None:
     track.rows.extend([(1.0, 0.9, 2.0, 1.0)] * 60)
     track.seconds.extend(range(int(BEGUN) + 1, int(BEGUN) + 61))
     assert bottleneck([track], BEGUN + 60).name == "Computing"
+
+
+def test_retried_blocks_are_a_segment_and_in_words() -> None:
+    html = parts(History.of([snapshot(BEGUN + 60, job(retried=3, done_again=2))]))["progress"]
+    widths = dict(re.findall(r'class="s-(\w+)" style="width:([\d.]+)%"', html))
+    assert widths == {"done": "38.0", "retried": "2.0", "running": "4.0", "queued": "56.0"}
+    text = " ".join(re.sub("<[^>]+>", " ", html).split())
+    assert text == "38 done 2 retried 0 failed 4 running 56 queued 1 being tried again"
+    assert 'aria-label="40 of 100 blocks done, 2 of them when retried"' in html
 
 
 def test_seconds_that_nobody_saw_are_no_line() -> None:
