@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from zcinfer.condition import UNAVAILABLE
 from zcinfer.telemetry import PHASES
 
 from .charts import POINTS, POINTS_SECONDS, line
@@ -43,9 +45,79 @@ def devices(history: History) -> dict[str, Any]:
                 "shared": format_size(plain["shared"]),
                 "private_line": line(private, max([*private, 1.0])),
                 "rate": rate(track.mean("rows", now, MINUTE)),
+                "gpus": _gpus(plain["gpus"]),
+                "gpu_line": line(track.binned("gpu", now, POINTS_SECONDS, POINTS), 100.0),
+                "gpu_memory_line": line(track.binned("gpu_memory", now, POINTS_SECONDS, POINTS), _room(plain["gpus"])),
             }
         )
     return {"rows": rows[:_MOST_DEVICES], "more": max(0, len(rows) - _MOST_DEVICES)}
+
+
+def _gpus(told: Any) -> list[dict[str, Any]]:
+    """Cards of a worker, each with what is known in words, and why the rest is not."""
+    if isinstance(told, str):
+        return [{"name": "Its GPUs", "facts": [], "used": told, "memory": None, "missing": []}]
+    rows = []
+    for card in told or ():
+        known = {name: value for name, value in card.items() if not str(value).startswith(UNAVAILABLE)}
+        missing: dict[str, list[str]] = {}
+        for name in (*_GPU_WORDS, "throttled"):
+            if name not in known:
+                missing.setdefault(card[name].removeprefix(UNAVAILABLE), []).append(_GPU_WORDS.get(name, "throttling"))
+        facts = [said for say in _GPU_FACTS if (said := say(known))]
+        rows.append(
+            {
+                "name": f"GPU {card['card']}" if card["card"].isdigit() else card["card"],
+                "kind": known.get("name", ""),
+                "used": percent(known["utilization"], 100) if "utilization" in known else None,
+                "memory": _of(known, "memory_used", "memory_total", _size),
+                "facts": facts,
+                "missing": [f"{', '.join(names)} unavailable: {why}" for why, names in missing.items()],
+            }
+        )
+    return rows
+
+
+def _of(known: Mapping[str, Any], part: str, whole: str, text: Callable[[float], str]) -> str | None:
+    if part not in known:
+        return None
+    return text(known[part]) + (f" of {text(known[whole])}" if whole in known else "")
+
+
+def _size(nbytes: float) -> str:
+    return format_size(int(nbytes))
+
+
+def _own(known: Mapping[str, Any]) -> str | None:
+    said = [_size(known["own_memory"])] if "own_memory" in known else []
+    said += [percent(known["own_utilization"], 100)] if "own_utilization" in known else []
+    return f"this worker: {', '.join(said)}" if said else None
+
+
+# What is missing, as it is called
+_GPU_WORDS = {
+    "utilization": "utilisation",
+    "memory_used": "memory",
+    "temperature": "temperature",
+    "power": "power",
+    "clock": "clocks",
+    "own_memory": "share of this worker",
+}
+
+# What is said of a card, in this order
+_GPU_FACTS: tuple[Callable[[Mapping[str, Any]], str | None], ...] = (
+    lambda known: f"{known['temperature']:.0f} °C" if "temperature" in known else None,
+    lambda known: _of(known, "power", "power_limit", lambda watts: f"{watts:,.0f} W"),
+    lambda known: f"{known['clock']:,.0f} MHz" if "clock" in known else None,
+    lambda known: f"slowed by: {known['throttled']}" if known.get("throttled") else None,
+    _own,
+)
+
+
+def _room(told: Any) -> float:
+    """Memory of a worker's cards, to draw against."""
+    sizes = [] if isinstance(told, str) else [card["memory_total"] for card in told or ()]
+    return max(1.0, sum(float(size) for size in sizes if not isinstance(size, str)))
 
 
 def where_time_goes(history: History) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from zcinfer.observer import COLUMNS, HOUR
+from zcinfer.devicestate import COLUMNS, HOUR
 
 from .runs import Run, runs
-from .tracks import Track, append, mean
+from .tracks import Row, Track, append, mean
 
 __all__ = ["History"]
 
@@ -41,7 +41,7 @@ class History:
         Grows with every change; a page that has seen one asks for what came after.
     seconds : deque of int
     rows : deque of tuple of float
-        For each second, by `zcinfer.observer.COLUMNS`.
+        For each second, by `zcinfer.devicestate.COLUMNS`.
     devices : dict of str to Track
         By the worker's address.
     runs : list of Run
@@ -50,6 +50,8 @@ class History:
         Of jobs, by their keys.
     models : list of dict
         Loads of each model on each device, as the snapshot has them.
+    stores : list of dict
+        Stores of each machine, as the snapshot has them.
     links : dict of str to str
         To other pages, by their names.
     """
@@ -60,11 +62,12 @@ class History:
         self.problem: str | None = None
         self.sequence = 0
         self.seconds: deque[int] = deque(maxlen=HOUR)
-        self.rows: deque[tuple[float, ...]] = deque(maxlen=HOUR)
+        self.rows: deque[Row] = deque(maxlen=HOUR)
         self.devices: dict[str, Track] = {}
         self.runs: list[Run] = []
         self.names: dict[str, str] = {}
         self.models: list[Mapping[str, Any]] = []
+        self.stores: list[Mapping[str, Any]] = []
         self.workers = self.threads = 0
         self.links: dict[str, str] = {}
         self._begun: float | None = None
@@ -98,6 +101,7 @@ class History:
         self.runs = past + runs(snapshot["jobs"], snapshot["begun"])
         self.names = {job["job"]: job["name"] for job in snapshot["jobs"]}
         self.models = list(snapshot["models"])
+        self.stores = list(snapshot["stores"])
         append(self.seconds, self.rows, snapshot["seconds"], [snapshot["columns"][name] for name in COLUMNS])
         for plain in snapshot["devices"]:
             track = self.devices.setdefault(plain["address"], Track(plain))

@@ -1,4 +1,4 @@
-"""The part of the page that tells how models were loaded, on each node. As `views` has them all."""
+"""The part of the page that tells of models: how they were loaded, and how stores are. As `views` has them all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from zcinfer.telemetry import KINDS, LOAD_PHASES
 
 from .charts import bars
 from .history import History
-from .units import count, format_size, load_time, plural
+from .units import count, format_size, load_time, plural, share
 from .words import loading, middle
 
-__all__ = ["models"]
+__all__ = ["ailing", "models"]
 
 _MOST_MODELS = 50
 
@@ -52,4 +52,59 @@ def models(history: History) -> dict[str, Any]:
                 "workers": plural(len(parts), "worker"),
             }
         )
-    return {"rows": rows, "loading": loading(history)}
+    return {"rows": rows, "loading": loading(history), "stores": stores(history)}
+
+
+def stores(history: History) -> list[dict[str, Any]]:
+    """How the stores are, on each node."""
+    told = {(store["host"], store["store"]): store for store in history.stores}
+    rows = []
+    for (node, name), store in sorted(told.items()):
+        sizes = {kind: _size(size) for kind, size in store["sizes"].items()}
+        figures = [(_SIZE_WORDS.get(kind, kind), text) for kind, text in sorted(sizes.items(), key=_place)]
+        rows.append(
+            {
+                "name": name,
+                "node": node,
+                "figures": figures,
+                "holder": store["holder"],
+                "healthy": store["healthy"],
+                "full": _full(store["sizes"]),
+            }
+        )
+    return rows
+
+
+def ailing(history: History) -> str | None:
+    """What is wrong with a store, in words; None where nothing is."""
+    for store in stores(history):
+        if not store["healthy"]:
+            return (
+                f"holder on {store['node']}: {store['holder']}"
+                if store["holder"]
+                else f"{store['name']} cannot be read"
+            )
+    return None
+
+
+# Of `zcinfer.condition.Condition.sizes`
+_SIZE_WORDS = {
+    "fallback": "on disk since full",
+    "mapped": "mapped",
+    "cached": "in the page cache",
+    "free": "free on disk",
+}
+
+
+def _place(pair: tuple[str, str]) -> int:
+    order = ("used", "capacity", "spilled", "fallback", "mapped", "cached", "free")
+    return order.index(pair[0]) if pair[0] in order else len(order)
+
+
+def _size(size: Any) -> str:
+    return size if isinstance(size, str) else format_size(size)
+
+
+def _full(sizes: Mapping[str, Any]) -> float | None:
+    used, capacity = sizes.get("used"), sizes.get("capacity")
+    return share(used, capacity) if isinstance(used, int) and isinstance(capacity, int) else None

@@ -37,7 +37,7 @@ class Run:
     usual : float or None
         Seconds from one block to the next; not under what a block takes.
     sums : dict of str to float
-        What was counted for it, by `zcinfer.observer.COLUMNS`.
+        What was counted for it, by `zcinfer.devicestate.COLUMNS`.
     errors : tuple of dict
     """
 

@@ -12,9 +12,10 @@ from typing import Any
 from bokeh.models import ColumnDataSource, CustomJSTickFormatter, DataRange1d, HoverTool, NumeralTickFormatter
 from bokeh.plotting import figure
 
-from zcinfer.observer import COLUMNS, DEVICE_COLUMNS, HOUR
+from zcinfer.devicestate import COLUMNS, DEVICE_COLUMNS, HOUR
 
 from .history import History
+from .tracks import Row
 
 __all__ = ["Throughput", "columns"]
 
@@ -64,13 +65,13 @@ def _add(found: dict[str, list[float]], second: int, values: list[float]) -> Non
         found[name].append(values[number] if number < len(values) else _NAN)
 
 
-def _means(seconds: deque[int], rows: deque[tuple[float, ...]], column: int, since: int) -> dict[int, float]:
+def _means(seconds: deque[int], rows: deque[Row], column: int, since: int) -> dict[int, float]:
     # From the end: a page asks for one second of an hour
     points: list[tuple[int, float]] = []
     for second, row in zip(reversed(seconds), reversed(rows), strict=True):
         if second <= since - SMOOTH:
             break
-        points.append((second, row[column]))
+        points.append((second, row[column] or 0.0))
     points.reverse()
     means = {}
     window: deque[tuple[int, float]] = deque()

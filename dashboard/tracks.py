@@ -6,12 +6,16 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from zcinfer.observer import DEVICE_COLUMNS, HOUR
+from zcinfer.devicestate import DEVICE_COLUMNS, GPU_COLUMNS, HOUR
 from zcinfer.telemetry import PHASES
 
 __all__ = ["MINUTE", "Track", "append", "mean"]
 
 MINUTE = 60.0
+
+# Of each second of a device; None where one is not known
+Row = tuple[float | None, ...]
+_NAMES = (*DEVICE_COLUMNS, *GPU_COLUMNS)
 
 
 class Track:
@@ -22,14 +26,14 @@ class Track:
     plain : dict
         What the last snapshot said of it.
     seconds : deque of int
-    rows : deque of tuple of float
-        For each second, by `zcinfer.observer.DEVICE_COLUMNS`.
+    rows : deque of tuple
+        For each second, by `zcinfer.devicestate.DEVICE_COLUMNS` and `GPU_COLUMNS`.
     """
 
     def __init__(self, plain: Mapping[str, Any]):
         self.plain = plain
         self.seconds: deque[int] = deque(maxlen=HOUR)
-        self.rows: deque[tuple[float, ...]] = deque(maxlen=HOUR)
+        self.rows: deque[Row] = deque(maxlen=HOUR)
         self._totals: deque[tuple[float, Mapping[str, float]]] = deque()
 
     def take(self, plain: Mapping[str, Any], history: Mapping[str, Any] | None, now: float) -> None:
@@ -39,23 +43,24 @@ class Track:
         while len(self._totals) > 2 and self._totals[1][0] <= now - MINUTE:
             self._totals.popleft()
         if history is not None:
-            append(self.seconds, self.rows, history["seconds"], [history[name] for name in DEVICE_COLUMNS])
+            seconds = history["seconds"]
+            append(self.seconds, self.rows, seconds, [history.get(name) or [None] * len(seconds) for name in _NAMES])
 
     def mean(self, column: str, now: float, seconds: float) -> float:
         """Mean of a column over the last seconds, or since the first of them that has any."""
-        return mean(self.seconds, self.rows, DEVICE_COLUMNS.index(column), now, seconds)
+        return mean(self.seconds, self.rows, _NAMES.index(column), now, seconds)
 
     def binned(self, column: str, now: float, seconds: float, bins: int) -> list[float]:
         """Means of a column over equal parts of the last seconds, oldest first."""
-        number, width = DEVICE_COLUMNS.index(column), seconds / bins
+        number, width = _NAMES.index(column), seconds / bins
         sums = [0.0] * bins
         known = [0] * bins
         for second, row in zip(reversed(self.seconds), reversed(self.rows), strict=True):
             place = bins - 1 - int((now - second) / width)
             if place < 0:
                 break
-            if place < bins:
-                sums[place] += row[number]
+            if place < bins and (value := row[number]) is not None:
+                sums[place] += value
                 known[place] += 1
         return [total / max(1, many) for total, many in zip(sums, known, strict=True)]
 
@@ -68,7 +73,7 @@ class Track:
         return {phase: last[phase] for phase in PHASES}, False
 
 
-def append(seconds: deque[int], rows: deque[tuple[float, ...]], new: Iterable[int], columns: list[Any]) -> None:
+def append(seconds: deque[int], rows: deque[Row], new: Iterable[int], columns: list[Any]) -> None:
     last = seconds[-1] if seconds else 0
     for second, *row in zip(new, *columns, strict=True):
         if second > last:
@@ -76,12 +81,12 @@ def append(seconds: deque[int], rows: deque[tuple[float, ...]], new: Iterable[in
             rows.append(tuple(row))
 
 
-def mean(seconds: deque[int], rows: deque[tuple[float, ...]], column: int, now: float, span: float) -> float:
+def mean(seconds: deque[int], rows: deque[Row], column: int, now: float, span: float) -> float:
     # A second holds what was counted up to its sample, which came during it
     total, first = 0.0, None
     for second, row in zip(reversed(seconds), reversed(rows), strict=True):
         if second <= now - span:
             break
-        if row[column]:
-            total, first = total + row[column], second
+        if value := row[column]:
+            total, first = total + value, second
     return 0.0 if first is None else total / min(span, max(1.0, int(now) - first + 1))

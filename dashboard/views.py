@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from .device_views import devices, where_time_goes
 from .history import History
-from .model_views import models
+from .model_views import ailing, models
 from .runs import Run
 from .units import about, count, duration, percent, plural, rate, share
 from .words import bottleneck, errors, loading, sentence, stalled
@@ -82,9 +82,7 @@ def progress(history: History) -> dict[str, Any]:
         blocks -= again if name == "done" else 0
         if blocks or name != "cancelled":
             segments.append({"name": name, "word": word, "blocks": count(blocks), "share": share(blocks, total)})
-    said = f"{count(done)} of {plural(total, 'block')} done" + (
-        f", {count(again)} of them when retried" if again else ""
-    )
+    said = f"{count(done)} of {plural(total, 'block')} done"
     return {
         "total": total,
         "segments": segments,
@@ -107,6 +105,7 @@ def tiles(history: History) -> dict[str, Any]:
         "ended": history.runs[-1].ended if history.runs and not history.active else None,
         "bottleneck": bottleneck(history.present, now),
         "loading": loading(history),
+        "ailing": ailing(history),
         "failed": failed,
         "failed_text": plural(failed, "block"),
         "kinds": plural(kinds, "message"),

@@ -23,9 +23,10 @@ from processes import wait_until
 from torch import nn
 
 import zcinfer as zc
+from zcinfer.devicestate import COLUMNS, HOUR, Device, Ring
 from zcinfer.errors import BlockError
 from zcinfer.jobstate import JobState
-from zcinfer.observer import COLUMNS, HOUR, METRIC, Device, Observer, Ring
+from zcinfer.observer import METRIC, Observer
 from zcinfer.telemetry import PHASES, Job
 
 pytestmark = pytest.mark.usefixtures("registry")

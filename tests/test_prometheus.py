@@ -14,7 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
 import zcinfer as zc
+from zcinfer.nvml import FIGURES
+from zcinfer.prometheus import _of_gpus, _of_stores, _OfScheduler, _OfWorker
 from zcinfer.telemetry import PHASES
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -65,11 +69,33 @@ def test_pages_agree_with_the_job(client: Client) -> None:
     assert total([scheduler], "zcinfer_job_blocks_all") == 20
 
 
+def names() -> set[str]:
+    """All that this version can tell, whether there is any of it or not."""
+    return {family.name for page in (_OfWorker(), _OfScheduler()) for family in page.collect()}
+
+
 def test_each_name_is_documented(client: Client) -> None:
+    text = (ROOT / "docs" / "telemetry.md").read_text()
+    assert set(re.findall(r"^\| `(zcinfer_\w+)`", text, re.MULTILINE)) == names()
     zc.put(nn.Linear(4, 2).eval(), "linear")
     zc.predict("linear", da.ones((8, 4), chunks=(4, 4), dtype="f4")).compute()
     scheduler, workers = pages(client)
     found = {re.sub("_(total|bucket|sum|count|created)$", "", name) for (name, _), _ in _all([scheduler, *workers])}
-    text = (Path(__file__).parents[1] / "docs" / "telemetry.md").read_text()
-    documented = set(re.findall(r"^\| `(zcinfer_\w+)`", text, re.MULTILINE))
-    assert found == documented
+    assert {name for name in names() if not name.startswith(("zcinfer_gpu_", "zcinfer_store_"))} <= found <= names()
+
+
+def test_cards_and_stores_have_figures_where_they_are_told() -> None:
+    card = {"card": "0", "uuid": "GPU-1", "name": "A", **dict.fromkeys(FIGURES, 50.0), "power": "unavailable: no"}
+    card["throttled"] = "power limit, temperature"
+    store = {"store": "ray:a:1", "sizes": {"used": 7, "spilled": "unavailable: no"}, "healthy": False}
+    told = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in (*_of_gpus([card]), *_of_stores([store]))
+        for sample in family.samples
+    }
+    assert told["zcinfer_gpu_utilization_ratio", "0", "GPU-1", "A"] == 0.5
+    assert told["zcinfer_gpu_clock_hertz", "0", "GPU-1", "A"] == 50e6
+    assert told["zcinfer_gpu_throttled", "0", "GPU-1", "A", "temperature"] == 1
+    assert told["zcinfer_store_bytes", "ray:a:1", "used"] == 7
+    assert told["zcinfer_store_healthy", "ray:a:1"] == 0
+    assert not any("power_watts" in key[0] or "spilled" in key for key in told)

@@ -1,8 +1,8 @@
 """What a scheduler knows of all jobs, models and devices of its cluster, and tells whoever asks.
 
 A plugin: it follows the tasks of jobs (`jobstate`), takes up what workers count (`telemetry`) from their heartbeats
-once a second, and answers ``zcinfer_snapshot``. It never raises into the scheduler. Not for pages, nor for what the
-figures mean.
+once a second (`devicestate`), and answers ``zcinfer_snapshot``. It never raises into the scheduler. Not for pages, nor
+for what the figures mean.
 """
 
 from __future__ import annotations
@@ -18,96 +18,16 @@ from distributed import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from . import prometheus
+from .devicestate import COLUMNS, HOUR, LATELY, Device, Ring
 from .jobstate import Found, JobState, jobs_in
-from .telemetry import PHASES, REMEMBERED
+from .telemetry import REMEMBERED
 
 log = logging.getLogger(__name__)
 
 NAME, HANDLER, METRIC = "zcinfer-observer", "zcinfer_snapshot", "zcinfer"
 
-# Seconds that are remembered; jobs that have ended and are; devices whose history is told.
-HOUR, ENDED, TOLD = 3600, 100, 64
-# Seconds for which a device is said to work for a job after its last block.
-LATELY = 60.0
-_SUMS = ("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved")
-# Columns of a second: of the cluster, and of each device.
-COLUMNS = (*_SUMS, *PHASES)
-DEVICE_COLUMNS = ("rows", "computing", "busy", "private")
-
-
-class Ring:
-    """The last hour of some figures, a row a second, ``(HOUR, columns)``."""
-
-    def __init__(self, columns: int):
-        self._rows = np.zeros((HOUR, columns), np.float32)
-        self._seconds = np.zeros(HOUR, np.int64)
-
-    def put(self, second: int, row: Any) -> None:
-        """Set the figures of a second (``time.time()``)."""
-        self._rows[second % HOUR] = row
-        self._seconds[second % HOUR] = second
-
-    def since(self, second: int) -> tuple[list[int], list[list[float]]]:
-        """Seconds after that one, and a list of figures for each column."""
-        chosen = np.flatnonzero(self._seconds > second)
-        chosen = chosen[np.argsort(self._seconds[chosen])]
-        return self._seconds[chosen].tolist(), self._rows[chosen].T.tolist()
-
-
-class Device:
-    """What one worker has counted, over all its lives."""
-
-    def __init__(self, address: str, name: str, host: str):
-        self.address, self.name, self.host = address, name, host
-        self.totals = np.zeros(len(COLUMNS))
-        self.second = np.zeros(len(COLUMNS))  # of the last second
-        self.jobs: dict[str, float] = {}
-        self.models: list[str] = []
-        self.private = self.shared = 0
-        self.seen = 0.0
-        self.gone: float | None = None
-        self.ring = Ring(len(DEVICE_COLUMNS))
-        self._epoch = ""
-        self._last: dict[tuple[str, str], Any] = {}
-
-    def take(self, counted: dict[str, Any], now: float) -> list[tuple[str, np.ndarray]]:
-        """Take up counters; what each job has more than before, by its key."""
-        if counted["epoch"] != self._epoch:
-            self._epoch, self._last = counted["epoch"], {}
-        self.private, self.shared, self.seen = counted["private"], counted["shared"], now
-        more = []
-        for work in counted["work"]:
-            key = (work["job"], work["model"])
-            found = np.array([*(work[name] for name in _SUMS), *work["seconds"]])
-            added = found - self._last.pop(key, 0)
-            self._last[key] = found
-            if added.any():
-                more.append((work["job"], added))
-                self.jobs[work["job"]] = now
-                if work["model"] in self.models:
-                    self.models.remove(work["model"])
-                self.models = [work["model"], *self.models][:5]
-        # What the process has forgotten begins anew if it comes again; both forget what was used least recently
-        for old in list(self._last)[:-REMEMBERED]:
-            del self._last[old]
-        self.jobs = {job: at for job, at in self.jobs.items() if now - at < LATELY}
-        self.second = np.sum([added for _, added in more], axis=0) if more else np.zeros(len(COLUMNS))
-        self.totals += self.second
-        return more
-
-    def plain(self) -> dict[str, Any]:
-        """All of it, in types that go over any wire."""
-        return {
-            "address": self.address,
-            "name": self.name,
-            "host": self.host,
-            "totals": dict(zip(COLUMNS, self.totals.tolist(), strict=True)),
-            "models": self.models,
-            "private": self.private,
-            "shared": self.shared,
-            "seen": self.seen,
-            "gone": self.gone,
-        }
+# Jobs that have ended and are remembered; devices whose history is told.
+ENDED, TOLD = 100, 64
 
 
 def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,9 +164,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
                 self._tell(failure)
             total += device.second
             self._take_loads(device, counted["loads"])
-            seconds = device.second[len(_SUMS) :]
-            computing = seconds[PHASES.index("computing")]
-            device.ring.put(second, (device.second[0], computing, seconds.sum(), device.private))
+            device.put(second)
         self.ring.put(second, total)
         gone = [a for a, device in self.devices.items() if device.gone is not None and now - device.gone > HOUR]
         for address in gone:
@@ -274,7 +192,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
         dict
             ``now``, ``begun`` and ``spent`` (seconds that this took of the scheduler's); ``jobs``, each with its state,
             exact counts of blocks, errors, and sums of what workers counted for its arrays since it began; ``devices``;
-            ``models``, by device; ``seconds`` and ``columns``; ``history`` by device.
+            ``models``, by device; ``stores``, by device and host; ``seconds`` and ``columns``; ``history`` by device.
         """
         seconds, columns = self.ring.since(since)
         told = list(self.devices.values())[:TOLD]
@@ -287,9 +205,10 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
             "jobs": [job.plain() | {"sums": self._sums_of(job)} for job in self.jobs.values()],
             "devices": [device.plain() | self._work_of(device) for device in self.devices.values()],
             "models": [{"device": address, **loaded} for (_, address), loaded in self.models.items()],
+            "stores": [told for device in self.devices.values() for told in device.told_stores()],
             "seconds": seconds,
             "columns": dict(zip(COLUMNS, columns, strict=True)),
-            "history": {device.address: _history(device, since) for device in told},
+            "history": {device.address: device.history(since) for device in told},
         }
 
     def _work_of(self, device: Device) -> dict[str, Any]:
@@ -303,11 +222,6 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
     def _sums_of(self, job: JobState) -> dict[str, float]:
         before = self._before[job.number]
         return dict(zip(COLUMNS, (self.sums.get(job.job.key, before) - before).tolist(), strict=True))
-
-
-def _history(device: Device, since: int) -> dict[str, Any]:
-    seconds, columns = device.ring.since(since)
-    return {"seconds": seconds, **dict(zip(DEVICE_COLUMNS, columns, strict=True))}
 
 
 async def dask_setup(scheduler: Any) -> None:

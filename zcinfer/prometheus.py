@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import telemetry
+from . import sampling, telemetry
+from .condition import UNAVAILABLE
 from .telemetry import BOUNDS, KINDS, LOAD_PHASES, PHASES
 
 if TYPE_CHECKING:
@@ -24,6 +25,21 @@ _OF_WORK = {
     "bytes_out": ("zcinfer_output_bytes", "Bytes of the outputs of predicted blocks"),
     "errors": ("zcinfer_block_errors", "Blocks that failed"),
     "halved": ("zcinfer_batches_halved", "Batches that did not fit into memory"),
+}
+
+# Figure of `nvml.FIGURES`, its name here, what it is, and what it is to be multiplied by.
+_OF_GPU = {
+    "utilization": ("zcinfer_gpu_utilization_ratio", "Share of the time that a kernel ran", 0.01),
+    "memory_busy": ("zcinfer_gpu_memory_busy_ratio", "Share of the time that the card's memory was in use", 0.01),
+    "memory_used": ("zcinfer_gpu_memory_used_bytes", "Memory of the card that is taken", 1),
+    "memory_total": ("zcinfer_gpu_memory_total_bytes", "Memory of the card", 1),
+    "temperature": ("zcinfer_gpu_temperature_celsius", "Temperature of the card", 1),
+    "power": ("zcinfer_gpu_power_watts", "What the card takes", 1),
+    "power_limit": ("zcinfer_gpu_power_limit_watts", "What the card may take", 1),
+    "clock": ("zcinfer_gpu_clock_hertz", "Clock of the multiprocessors", 1e6),
+    "clock_memory": ("zcinfer_gpu_memory_clock_hertz", "Clock of the card's memory", 1e6),
+    "own_memory": ("zcinfer_gpu_process_memory_bytes", "Memory of the card that this process has", 1),
+    "own_utilization": ("zcinfer_gpu_process_utilization_ratio", "Share of the card that this process used", 0.01),
 }
 
 _workers: _OfWorker | None = None
@@ -100,6 +116,10 @@ class _OfWorker:
             gauge = _gauge(f"zcinfer_process_{name}_bytes", what)
             gauge.add_metric([], found[name])
             yield gauge
+        seen = sampling.latest()
+        # Where there is a reason in the place of an answer, there is no figure
+        yield from _of_gpus([] if isinstance(gpus := seen.get("gpus", []), str) else gpus)
+        yield from _of_stores([] if isinstance(stores := seen.get("stores", []), str) else stores)
 
 
 def _of_work(works: Sequence[dict[str, Any]]) -> Iterator[Any]:
@@ -141,6 +161,33 @@ def _of_loads(loaded: Sequence[dict[str, Any]]) -> Iterator[Any]:
         for size, gauge in sizes.items():
             gauge.add_metric([name], model[size])
     yield from (kinds, phases, times, evicted, *sizes.values())
+
+
+def _of_gpus(cards: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    labels = ("card", "uuid", "name")
+    for figure, (name, what, factor) in _OF_GPU.items():
+        family = _gauge(name, what, labels)
+        for card in cards:
+            if not isinstance(card[figure], str):
+                family.add_metric([card[label] for label in labels], card[figure] * factor)
+        yield family
+    throttled = _gauge("zcinfer_gpu_throttled", "1 for each reason why clocks are lowered", (*labels, "reason"))
+    for card in cards:
+        if not card["throttled"].startswith(UNAVAILABLE):
+            for reason in filter(None, card["throttled"].split(", ")):
+                throttled.add_metric([*(card[label] for label in labels), reason], 1)
+    yield throttled
+
+
+def _of_stores(stores: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    sizes = _gauge("zcinfer_store_bytes", "Bytes of a store of this machine, by what they are", ("store", "kind"))
+    healthy = _gauge("zcinfer_store_healthy", "1 where models can be had from a store, else 0", ("store",))
+    for store in stores:
+        for kind, size in store["sizes"].items():
+            if not isinstance(size, str):
+                sizes.add_metric([store["store"], kind], size)
+        healthy.add_metric([store["store"]], store["healthy"])
+    yield from (sizes, healthy)
 
 
 class _OfScheduler:

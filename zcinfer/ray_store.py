@@ -33,6 +33,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from . import config, keeper, own_ray
 from .archive import MARGIN, WEIGHTS
+from .condition import UNAVAILABLE, Condition, Size, of_ray
 from .description import Bytes, Description
 from .errors import StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
@@ -49,6 +50,8 @@ Head = tuple[Description, bytes]  # description and skeleton of a model
 NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
 # Bytes a second
 SLOWEST_DISK, SLOWEST_NETWORK = 50e6, 10e6
+# Seconds that it may take to look how a store is
+_LOOKING = 3
 # In the environment for a Ray that asks for our token
 TOKEN = "RAY_AUTH_TOKEN_PATH"
 
@@ -84,7 +87,8 @@ class RayStore:
         self._own = own
         self._timeout = float(config.get("ray.timeout"))
         self._lost = threading.Event()
-        self._retry_at = 0.0
+        self._retry_at = self._look_at = 0.0
+        self._why = ""
         self._raylet: int | None = None
         self._mapped: weakref.WeakValueDictionary[str, _Object] = weakref.WeakValueDictionary()
         self._kept: dict[str, tuple[float, _Object]] = {}
@@ -202,6 +206,22 @@ class RayStore:
             self._timeout, lambda: ray.get(self._holder.usage.remote())
         )
         return usage
+
+    def condition(self) -> Condition:
+        # Not as `_within` does: who only looks must not have others refused.
+        name = f"ray:{self.address}"
+        self._check_raylet()
+        if not self.alive:
+            why = f"Ray at {self.address} has died" if self.died else f"this process has left Ray at {self.address}"
+            return Condition(name, {}, f"{UNAVAILABLE}{why}; models that are loaded stay so", healthy=False)
+        if monotonic() >= self._look_at:
+            result, error = _join_within(_LOOKING, lambda: _look(self.address, self._holder)) or (None, None)
+            if result is not None:
+                return of_ray(name, *result)
+            self._why = f"no answer within {_LOOKING} s" if error is None else _first_line(error)
+            if error is None:
+                self._look_at = monotonic() + PATIENCE  # what hangs is left to hang
+        return Condition(name, {}, f"{UNAVAILABLE}{self._why}", healthy=False)
 
     def _watch(self, raylet: int | None) -> None:
         """Leave Ray the moment its raylet dies, since Ray may end a process that stays; let go of what is kept."""
@@ -545,6 +565,31 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
     page = Plasma(ray.get(reference))
     page.map(0, 1)
     return holder, page.raylet(), {digest: (_read(head), refs) for digest, (head, refs) in offers.items()}
+
+
+def _look(address: str, holder: Any) -> tuple[dict[str, Size], dict[str, Any] | None]:
+    """What the raylet of this node tells of its store, and Ray's GCS of the holder.
+
+    Asked by connections of their own, and not as a client of Ray: such a one is ended with a raylet that it asks.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    found = GcsClient(address).get_all_node_info(timeout=_LOOKING)
+    node = next(node for number, node in found.items() if number.hex() == here)
+    sizes: dict[str, Size] = {"capacity": int(node.resources_total.get("object_store_memory", 0))}
+    try:
+        from ray._private.internal_api import node_stats
+
+        told = node_stats(node.node_manager_address, node.node_manager_port, include_memory_info=False).store_stats
+    except ImportError as error:
+        why = f"{UNAVAILABLE}Ray tells it by a package that is not installed ({error.name}; pip install grpcio)"
+        sizes |= dict.fromkeys(("used", "spilled", "fallback"), why)
+    else:
+        sizes |= {
+            "used": int(told.object_store_bytes_used),
+            "spilled": int(told.spilled_bytes_total),
+            "fallback": int(told.object_store_bytes_fallback),
+        }
+    return sizes, ray._private.state.state.actor_table(holder._actor_id.hex())
 
 
 def _read(head: bytes) -> Head:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 from urllib.parse import parse_qs
 
 from .archive import Archive
+from .condition import Condition, of_files
 from .description import Bytes, Description
 from .errors import ArchiveError
 from .registry import Registry
@@ -121,6 +122,9 @@ class Store(Protocol):
     def forget(self, digest: str) -> None:
         """Drop a model from the cache. Who has it mapped keeps it."""
 
+    def condition(self) -> Condition:
+        """How it is on this machine; asks, and may take seconds."""
+
     def close(self, ending: bool = False) -> None:
         """Let go of what this process holds of the store. What is loaded stays what it is, unless the process ends."""
 
@@ -197,6 +201,9 @@ class FileStore:
 
     def forget(self, digest: str) -> None:
         self._read.pop(digest, None)
+
+    def condition(self) -> Condition:
+        return of_files(self.url, self.registry.directory)
 
     def close(self, ending: bool = False) -> None:
         pass

@@ -23,6 +23,16 @@ def is_open(url: str) -> bool:
     return url in _open
 
 
+def opened() -> dict[str, Store]:
+    """The stores that this process has open, by URL."""
+    return dict(_open)
+
+
+def refused() -> dict[str, str]:
+    """Why stores are not opened at present, by URL."""
+    return {url: reason for url, (until, reason) in dict(_refused).items() if monotonic() < until}
+
+
 def open_store(url: str) -> Store:
     """The store of a URL; opened once a process.
 

@@ -20,7 +20,7 @@ from typing import Any
 from distributed import NannyPlugin, Status
 from distributed.worker_memory import NannyMemoryManager
 
-from . import prometheus, telemetry
+from . import prometheus, sampling, stores, telemetry
 from .memory import keep_freed, process_memory
 
 # Seconds for which a heartbeat tells of a job after its last block
@@ -68,7 +68,8 @@ def dask_setup(worker: Any) -> None:
     prometheus.show_worker()
     # A second and more, which the first block need not wait for. No daemon: to end in the midst of it is to crash.
     threading.Thread(target=import_module, args=("torch",), name="zcinfer-import").start()
-    worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD)
+    worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD) | sampling.latest()
+    sampling.start(worker.scheduler.address)
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
         return
@@ -85,9 +86,8 @@ def dask_setup(worker: Any) -> None:
 
 def dask_teardown(worker: Any) -> None:
     """Leave Ray before the process ends: at the exit of the interpreter that can outlast the nanny's patience."""
-    stores = sys.modules.get("zcinfer.stores")
-    if stores is not None:
-        stores.close_all()
+    sampling.stop()
+    stores.close_all()
 
 
 async def _tell_nanny(worker: Any) -> None:

@@ -13,8 +13,8 @@ from zcinfer.dashboard.history import History
 from zcinfer.dashboard.throughput import columns
 from zcinfer.dashboard.views import parts
 from zcinfer.dashboard.words import bottleneck, sentence, stalled
+from zcinfer.devicestate import COLUMNS, DEVICE_COLUMNS
 from zcinfer.errors import SettingsError
-from zcinfer.observer import COLUMNS, DEVICE_COLUMNS
 from zcinfer.telemetry import PHASES
 
 BEGUN = 1_800_000_000.0
@@ -66,9 +66,11 @@ def snapshot(now: float, *jobs: dict[str, Any], begun: float = BEGUN, **spent: f
                 "gone": None,
                 "running": 2,
                 "jobs": [],
+                "gpus": None,
             }
         ],
         "models": [],
+        "stores": [],
         "seconds": (second,),
         "columns": {name: (100.0 if name == "rows" else 0.0,) for name in COLUMNS},
         "history": {"tcp://a": {"seconds": (second,), **dict.fromkeys(DEVICE_COLUMNS, (0.5,))}},
