@@ -6,6 +6,7 @@ That readers do not meet each other's writes is in test_safety.
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import numpy as np
 import pytest
 import torch
 from processes import wait_until
@@ -92,6 +94,24 @@ def test_a_forgotten_model_is_filled_again_from_the_registry(store: Store) -> No
     assert torch.equal(build(store, digest)[0].weight, model()[0].weight)
 
 
+def test_its_condition_tells_what_it_holds(store: Any) -> None:
+    digest = put(store, torch.nn.Linear(1000, 1000).eval(), "measured")
+    held = build(store, digest)
+    found = store.condition()
+    assert (found.healthy, found.store) == (True, store.url.partition("?")[0])
+    sizes = found.sizes
+    if isinstance(store, FileStore):
+        nbytes = (store.registry.directory / "archives" / digest / "weights.safetensors").stat().st_size
+        assert (sizes["mapped"], sizes["cached"], found.holder) == (nbytes, nbytes, "")
+        assert sizes["free"] > 0
+    else:
+        # More than the models: the raylet tells of all objects.
+        assert store.usage()[1] <= sizes["used"] < sizes["capacity"] == 200_000_000
+        assert (sizes["spilled"], sizes["fallback"]) == (0, 0)
+        assert found.holder.startswith("alive")
+    assert held.weight.shape == (1000, 1000)
+
+
 def test_protection_is_reported(store: Store) -> None:
     assert store.fetch(put(store, model())).protection == "copy-on-write"
 
@@ -142,6 +162,31 @@ m = load_ref(ModelRef("held", 1, sys.argv[1], 0, sys.argv[2]))
 print(loads[-1].store)
 """
     assert run(script, digest, ray_store.url).strip() == "ray"
+
+
+@pytest.mark.ray
+def test_the_condition_of_a_killed_holder_is_told(ray_store: Any) -> None:
+    import ray
+
+    before = ray_store.condition().holder
+    ray.kill(ray_store._holder, no_restart=False)
+    wait_until(lambda: (found := ray_store.condition()).healthy and found.holder != before)
+    assert re.fullmatch(r"alive, after \d+ restarts?", ray_store.condition().holder)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_lies_in_files_since_memory_was_full_is_told(ray_store: Any) -> None:
+    import ray
+
+    big = np.zeros(110_000_000, np.uint8)
+    first = ray.put(big)
+    pinned = ray.get(first)  # cannot be spilled
+    second = ray.put(big)
+    wait_until(lambda: ray_store.condition().sizes["fallback"] >= big.nbytes)
+    assert ray_store.condition().sizes["used"] >= big.nbytes
+    del first, second, pinned
+    wait_until(lambda: ray_store.condition().sizes["fallback"] == 0)
 
 
 @pytest.mark.ray
@@ -222,9 +267,12 @@ with store._session._leaving:
     pass
 begin = time.monotonic()
 model = loading.load_ref(ref)
+print(store.condition().holder)
 print(loading.loads[-1].store, time.monotonic() - begin, torch.equal(kept.weight, first.weight))
 """
-    kind, seconds, kept = run(script, timeout=100).split()[-3:]
+    told = run(script, timeout=100)
+    assert re.search(r"unavailable: Ray at \S+ has died; models that are loaded stay so", told)
+    kind, seconds, kept = told.split()[-3:]
     assert (kind, kept) == ("file", "True")
     assert float(seconds) < 20
 

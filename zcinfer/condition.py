@@ -26,7 +26,7 @@ _STATES = {
     "RESTARTING": "lost; Ray is starting it again",
     "PENDING_CREATION": "being started",
     "DEPENDENCIES_UNREADY": "being started",
-    "DEAD": "dead: models that are not in the store come from their archives, a private copy each",
+    "DEAD": "dead: models that are not loaded yet come from their archives",
 }
 
 
