@@ -27,6 +27,7 @@ from tornado.web import HTTPError, authenticated
 from zcinfer.errors import SettingsError
 
 from .access import LOOPBACK, Access
+from .oauth import Listed, configure
 from .page import Page, report
 from .poller import Poller
 from .samples import lines
@@ -117,13 +118,6 @@ async def _serve(
         page = Page(document, poller.history, poller.shown)
         document.add_periodic_callback(lambda: page.update(poller.history, poller.shown, poller.age), 1000)
 
-    authentication: dict[str, Any] = {}
-    if access.passwords:
-        authentication = {
-            "basic_auth": access.passwords,
-            "cookie_secret": secrets.token_hex(32),
-            "login_template": str(Path(__file__).parent / "templates" / "login.html"),
-        }
     what = {"poller": poller, "hosts": hosts}
     # Panel binds a port of its own; it is closed for ours, which may be one that was made before this program
     server = get_server(
@@ -134,7 +128,7 @@ async def _serve(
         check_unused_sessions_milliseconds=10_000,
         unused_session_lifetime_milliseconds=10_000,
         keep_alive_milliseconds=20_000,
-        **authentication,
+        **_authentication(access),
     )
     server._http.stop()
     server._http.add_socket(own)
@@ -154,6 +148,25 @@ async def _serve(
         await poller.close()
         # What was being sent to open pages ends, or Python complains that nobody waited for it
         await asyncio.sleep(0.1)
+
+
+def _authentication(access: Access) -> dict[str, Any]:
+    """Options of Panel's server. Its own pages for login, logout and errors ask other hosts for fonts and pictures."""
+    templates = Path(__file__).parent / "templates"
+    notice = str(templates / "notice.html")
+    if access.oauth is not None:
+        configure(access.oauth.options)
+        provider = Listed(access.oauth.users, logout_template=notice, error_template=notice)
+        return {"auth_provider": provider, "cookie_secret": secrets.token_hex(32)}
+    if access.passwords:
+        return {
+            "basic_auth": access.passwords,
+            "cookie_secret": secrets.token_hex(32),
+            "login_template": str(templates / "login.html"),
+            "logout_template": notice,
+            "oauth_error_template": notice,
+        }
+    return {}
 
 
 def _listen(access: Access) -> socket.socket:

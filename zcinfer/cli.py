@@ -418,10 +418,17 @@ def node(
 @click.option("--port", type=click.IntRange(0), default=8788, show_default=True, help="Port of the page; 0: any.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need a password.")
 @click.option("--password-file", type=click.Path(), help="A password, or a JSON object of names and passwords.")
+@click.option("--oauth-file", type=click.Path(), help="Options of Panel's OAuth and the users that may look, as JSON.")
 @click.option("--origin", "origins", multiple=True, metavar="HOST:PORT", help="How browsers call it, with --host.")
 @click.option("--show", is_flag=True, help="Open it in a browser.")
 def dashboard(
-    scheduler: str, port: int, host: str, password_file: str | None, origins: tuple[str, ...], show: bool
+    scheduler: str,
+    port: int,
+    host: str,
+    password_file: str | None,
+    oauth_file: str | None,
+    origins: tuple[str, ...],
+    show: bool,
 ) -> None:
     """Serve a page that says how the work of SCHEDULER goes: its state, when it is done, and what it waits for.
 
@@ -432,11 +439,12 @@ def dashboard(
     from .activation import check_installed
 
     check_installed()
-    from .dashboard.access import Access
+    from .dashboard.access import Access, OAuth
     from .dashboard.server import serve
 
     passwords = Access.passwords_from(password_file) if password_file is not None else None
-    access = Access(host, port, origins, passwords)
+    oauth = OAuth.from_file(oauth_file) if oauth_file is not None else None
+    access = Access(host, port, origins, passwords, oauth)
 
     def ready(link: str) -> None:
         click.echo(f"dashboard {link}\nCtrl-C ends it.")
