@@ -114,7 +114,7 @@ async def _serve(
     def fill(document: Document) -> None:
         # A name that leads here by another's DNS is not one of ours
         if document.session_context.request.headers.get("Host") not in hosts:
-            raise PermissionError("unknown host")
+            raise HTTPError(403, "unknown host")
         page = Page(document, poller.history, poller.shown)
         document.add_periodic_callback(lambda: page.update(poller.history, poller.shown, poller.age), 1000)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import urllib.request
 from pathlib import Path
@@ -99,3 +100,28 @@ def test_cards_and_stores_have_figures_where_they_are_told() -> None:
     assert told["zcinfer_store_bytes", "ray:a:1", "used"] == 7
     assert told["zcinfer_store_healthy", "ray:a:1"] == 0
     assert not any("power_watts" in key[0] or "spilled" in key for key in told)
+
+
+def test_the_dashboard_for_grafana_asks_for_what_there_is() -> None:
+    dashboard = json.loads((ROOT / "docker" / "grafana.json").read_text())
+    assert (dashboard["title"], dashboard["schemaVersion"]) == ("zcinfer", 39)
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    families = {family.name: family.type for page in (_OfWorker(), _OfScheduler()) for family in page.collect()}
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
+    known = {name + suffix for name, kind in families.items() for suffix in suffixes[kind]}
+    asked = set()
+    for panel in panels:
+        assert panel["targets"]
+        for target in panel["targets"]:
+            names = set(re.findall(r"zcinfer_\w+", target["expr"]))
+            assert names <= known, target
+            asked |= names
+    assert any(name.startswith("zcinfer_gpu_") for name in asked)
+    # None lies over another, and all are within Grafana's 24 columns.
+    places = [panel["gridPos"] for panel in dashboard["panels"]]
+    cells = [
+        (x, y) for at in places for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24

@@ -75,7 +75,7 @@ def done(job: Job) -> int:
 
 
 def test_it_follows_a_job_from_its_first_block_to_its_last(
-    client: Client, tab: Callable[..., Any], serve: Callable[..., Any]
+    client: Client, tab: Callable[..., Any], serve: Callable[..., Any], registry: Path
 ) -> None:
     here = tab()
     here.open(serve(client.scheduler.address).link)
@@ -100,6 +100,8 @@ def test_it_follows_a_job_from_its_first_block_to_its_last(
         assert "All zero-copy" in one.text("#part-tiles")
         hits = sum(loads["counts"][3] for loads in client.sync(client.scheduler.zcinfer_snapshot)["models"])
         assert f"found loaded {hits} times" in one.text("#part-models")
+        wait_until(lambda one=one: "in the page cache" in one.text("#part-models .store"))  # type: ignore[misc]
+        assert f"file:{registry}" in one.text("#part-models .store")
         assert one.page.locator(".chart canvas").count()
         one.clean()
 
