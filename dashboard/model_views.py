@@ -79,18 +79,14 @@ def ailing(history: History) -> str | None:
     """What is wrong with a store, in words; None where nothing is."""
     for store in stores(history):
         if not store["healthy"]:
-            return (
-                f"holder on {store['node']}: {store['holder']}"
-                if store["holder"]
-                else f"{store['name']} cannot be read"
-            )
+            return f"holder on {store['node']}: {store['holder'] or 'unavailable'}"
     return None
 
 
 # Of `zcinfer.condition.Condition.sizes`
 _SIZE_WORDS = {
-    "fallback": "on disk since full",
-    "mapped": "mapped",
+    "spilled": "spilled, in all",
+    "fallback": "fallback (files)",
     "cached": "in the page cache",
     "free": "free on disk",
 }

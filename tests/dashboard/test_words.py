@@ -15,6 +15,7 @@ from zcinfer.dashboard.views import parts
 from zcinfer.dashboard.words import bottleneck, sentence, stalled
 from zcinfer.devicestate import COLUMNS, DEVICE_COLUMNS
 from zcinfer.errors import SettingsError
+from zcinfer.nvml import FIGURES
 from zcinfer.telemetry import PHASES
 
 BEGUN = 1_800_000_000.0
@@ -153,6 +154,55 @@ def test_retried_blocks_are_a_segment_and_in_words() -> None:
     text = " ".join(re.sub("<[^>]+>", " ", html).split())
     assert text == "38 done 2 retried 0 failed 4 running 56 queued 1 being tried again"
     assert 'aria-label="40 of 100 blocks done, 2 of them when retried"' in html
+
+
+def words(html: str) -> str:
+    return " ".join(re.sub("<[^>]+>", " ", html).split())
+
+
+def test_cards_are_told_with_their_history_and_what_is_missing() -> None:
+    why = "unavailable: this user may not read it"
+    card = {"card": "0", "uuid": "GPU-1", "name": "A", **dict.fromkeys(FIGURES, why), "throttled": "temperature"}
+    card |= {"utilization": 73.0, "memory_used": 2e9, "memory_total": 80e9, "temperature": 61.0, "own_memory": 1e9}
+    state = snapshot(BEGUN + 60, job())
+    state["devices"][0]["gpus"] = [card]
+    state["history"]["tcp://a"] |= {"gpu": (73.0,), "gpu_memory": (40e9,)}
+    history = History.of([state])
+    html = parts(history)["devices"]
+    assert "GPU 0 73 % 2.0 GB of 80.0 GB 61 °C slowed by: temperature this worker: 1.0 GB" in words(html)
+    assert "power, clocks unavailable: this user may not read it" in words(html)
+    (track,) = history.present
+    assert track.binned("gpu", BEGUN + 60, 600, 60)[-1] == 73.0
+    assert 'points="0,23' in html  # memory and utilisation are drawn
+    # None at all, and none known.
+    assert "GPU" not in parts(History.of([snapshot(BEGUN + 60, job())]))["devices"]
+    state["devices"][0]["gpus"] = "unavailable: Driver Not Loaded"
+    assert "Its GPUs unavailable: Driver Not Loaded" in words(parts(History.of([state]))["devices"])
+
+
+def test_a_card_that_told_nothing_for_a_second_has_a_gap() -> None:
+    first, later = snapshot(BEGUN + 59, job()), snapshot(BEGUN + 60, job())
+    later["history"]["tcp://a"] |= {"gpu": (None,), "gpu_memory": (None,)}
+    (track,) = History.of([first, later]).present
+    assert track.mean("gpu", BEGUN + 60, 60) == 0.0
+
+
+def test_stores_and_their_holders_are_told() -> None:
+    state = snapshot(BEGUN + 60, job())
+    store = {"device": "tcp://a", "host": "node1", "store": "ray:a:1", "holder": "alive", "healthy": True}
+    sizes = {"capacity": 2_000_000_000, "used": 500_000_000, "spilled": 0, "fallback": "unavailable: no grpcio"}
+    state["stores"] = [{**store, "sizes": sizes}]
+    shown = parts(History.of([state]))
+    assert words(shown["models"]).startswith(
+        "Store ray:a:1, on node1 used 500.0 MB capacity 2.0 GB spilled, in all 0 B "
+        "fallback (files) unavailable: no grpcio holder alive"
+    )
+    assert 'style="width:25.0%"' in shown["models"]
+    assert "holder" not in shown["tiles"]
+    state["stores"] = [{**store, "sizes": sizes, "holder": "lost; Ray is starting it again", "healthy": False}]
+    shown = parts(History.of([state]))
+    assert "holder on node1: lost; Ray is starting it again" in words(shown["tiles"])
+    assert 'class="store warn"' in shown["models"]
 
 
 def test_seconds_that_nobody_saw_are_no_line() -> None:
