@@ -12,10 +12,8 @@ import numpy as np
 
 from .telemetry import PHASES, REMEMBERED
 
-# Seconds that are remembered
-# Seconds for which a device is said to work for a job after its last block.
-LATELY = 60.0
-HOUR = 3600
+# Seconds that are remembered; and for which a device is said to work for a job after its last block.
+HOUR, LATELY = 3600, 60.0
 _SUMS = ("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved")
 # Columns of a second: of the cluster, and of each device.
 COLUMNS = (*_SUMS, *PHASES)
