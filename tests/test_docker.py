@@ -28,6 +28,12 @@ def test_the_commands_of_the_services_are_understood(service: str) -> None:
     assert given["join"] == (None if given["head"] else f"head:{given['port']}")
 
 
+def test_workers_with_gpus_join_as_the_others_do() -> None:
+    *command, gpus, which = read("compose.gpu.yaml")["services"]["worker"]["command"]
+    assert command == read("compose.yaml")["services"]["worker"]["command"]
+    assert (gpus, which) == ("--gpus", "all")
+
+
 def test_the_checks_of_health_are_programs_of_python() -> None:
     for service in read("compose.yaml")["services"].values():
         kind, python, option, source = service["healthcheck"]["test"]

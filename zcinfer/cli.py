@@ -40,6 +40,11 @@ def _see_here() -> None:
 
 
 _STORE = click.option("--store", help="'ray' (default), 'ray:HOST:PORT', 'file' or 'file:DIR'.")
+_GPUS = click.option("--gpus", metavar="GPUS",
+                     help="Workers on GPUs, of which each sees one: 'all', or numbers as nvidia-smi counts them and "
+                     "UUIDs, with commas ('0,1', 'MIG-...').")  # fmt: skip
+_JOBS_PER_GPU = click.option("--jobs-per-gpu", type=click.IntRange(1), default=1, show_default=True,
+                             help="Workers on each GPU.")  # fmt: skip
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -287,9 +292,13 @@ def demo(
 @main.command()
 @click.option("--workers", type=click.IntRange(1), help="Worker processes. Default: one per core.")
 @click.option("--memory-limit", default="auto", show_default=True, help="Private memory a worker may use.")
+@_GPUS
+@_JOBS_PER_GPU
 @click.option("--port", type=click.IntRange(0), default=8786, show_default=True, help="Port of the scheduler.")
 @_STORE
-def cluster(workers: int | None, memory_limit: str, port: int, store: str | None) -> None:
+def cluster(
+    workers: int | None, memory_limit: str, gpus: str | None, jobs_per_gpu: int, port: int, store: str | None
+) -> None:
     """Start a cluster on this machine and keep it until Ctrl-C; it listens on 127.0.0.1 alone.
 
     \b
@@ -302,6 +311,7 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
 
     from . import catalog
     from .cluster import LocalCluster
+    from .mps import mps
 
     _see_here()
     end = threading.Event()
@@ -309,13 +319,18 @@ def cluster(workers: int | None, memory_limit: str, port: int, store: str | None
         signal.signal(number, lambda *_: end.set())
     if sys.stderr.isatty():
         click.echo("starting ...", err=True)
-    with LocalCluster(n_workers=workers, memory_limit=memory_limit, scheduler_port=port) as started:
+    options: dict[str, Any] = {"gpus": gpus, "jobs_per_gpu": jobs_per_gpu}
+    with LocalCluster(n_workers=workers, memory_limit=memory_limit, scheduler_port=port, **options) as started:
         with started.get_client():
             chosen = catalog.connect(store)
         click.echo(f"scheduler {started.scheduler_address}")
         click.echo(f"store     {chosen.url}")
         if started.page_link is not None:
             click.echo(f"dashboard {started.page_link}")
+        for line in started.gpus:
+            click.echo(line)
+        if started.gpus:
+            click.echo(mps())
         click.echo("Ctrl-C ends it.")
         end.wait()
         catalog.disconnect()
@@ -377,6 +392,8 @@ def bench(
               help="Seconds that --join waits for a head which is not up yet.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), help="Worker processes here. Default: one per core.")
 @click.option("--memory-limit", default="auto", show_default=True, help="Private memory a worker may use.")
+@_GPUS
+@_JOBS_PER_GPU
 @click.pass_context
 def node(
     ctx: click.Context,
@@ -389,6 +406,8 @@ def node(
     wait: float,
     workers: int | None,
     memory_limit: str,
+    gpus: str | None,
+    jobs_per_gpu: int,
 ) -> None:
     """Make this machine part of a cluster, until Ctrl-C: its shared memory and its workers.
 
@@ -410,7 +429,7 @@ def node(
     _see_here()
     with dask.config.set({"zcinfer.ray.token-file": token_file} if token_file else {}):
         role = Head(host, port, ray_port) if join is None else Member(join, host, wait)
-        serve(role, Workers(workers, memory_limit), click.echo)
+        serve(role, Workers(workers, memory_limit, gpus, jobs_per_gpu), click.echo)
 
 
 @main.command()

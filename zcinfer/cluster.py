@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
 import stat
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +20,17 @@ from dask.system import cpu_count
 
 from .activation import Activation, check_installed, is_installed
 from .config import settings
+from .device import ORDER, VISIBLE
 from .errors import SettingsError
+from .nanny import THREAD_VARIABLES, Nanny
 from .observer import Observer
+from .pinning import Pinning
 from .sizes import parse_size
 
 LOOPBACK = "127.0.0.1"
 # Seconds that workers have for their end where the program was interrupted
 INTERRUPTED = 1.0
 PRELOAD = "zcinfer.worker"
-
-# Read by the thread pools of torch, MKL and OpenBLAS when they are loaded, and never again
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-class Nanny(distributed.Nanny):  # type: ignore[misc]
-    """Nanny that sets the thread variables of ``env`` before its worker starts.
-
-    Dask's ``env`` alone is too late: the new process first imports the user's script, and torch with it.
-    """
-
-    def __init__(self, *args: Any, env: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, env=env, **kwargs)
-        self.pre_spawn_env.update({name: str(env[name]) for name in THREAD_VARIABLES})
-        self.patience = float("inf")
-
-    async def kill(self, timeout: float = 5, reason: str = "nanny-kill") -> None:
-        """End the worker, which has ``timeout`` seconds for what it is at, and no more than our patience."""
-        await super().kill(min(timeout, self.patience), reason)
-        if self.patience < timeout:
-            shutil.rmtree(self.worker_dir, ignore_errors=True)  # which it had perhaps no time for
 
 
 class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
@@ -64,6 +46,12 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     memory_limit : str, int, float or None
         Private memory of one worker ("4 GiB", bytes, or a fraction of the machine's); models in shared memory do
         not count. "auto": the machine's memory, divided by the workers. None: no limit.
+    gpus : "all", int, str, or a sequence of int and str, optional
+        Workers on GPUs, in place of ``n_workers``: each sees one GPU alone. Numbers as nvidia-smi counts them, UUIDs
+        ("GPU-...", "MIG-...") or the beginning of one. "all": those that CUDA_VISIBLE_DEVICES does not hide. Default:
+        every worker sees what this process does. Needs the extra ``gpu``.
+    jobs_per_gpu : int
+        Workers on each GPU.
     dashboard : bool, optional
         Whether there is a page to watch it on, `page_link`. Default: where the extra ``dashboard`` is installed, unless
         ``security`` keeps out others, who could read the page.
@@ -74,8 +62,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     Raises
     ------
     SettingsError
-        An argument would open the cluster to other machines or run workers as threads; or the script that makes
-        the cluster has no ``if __name__ == "__main__":``, or its workers cannot start.
+        An argument would open the cluster to other machines or run workers as threads; or a GPU is not there, is hidden
+        by CUDA_VISIBLE_DEVICES or was given twice; or the script that makes the cluster has no
+        ``if __name__ == "__main__":``, or its workers cannot start.
 
     Notes
     -----
@@ -85,6 +74,10 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     Each worker gets ``cores // n_workers`` threads for its tensor operations, at least one, by OMP_NUM_THREADS and
     its like, unless ``env`` says otherwise. Dask sets such variables in the script's own environment too. Workers added
     later by ``scale`` get as many as the first.
+
+    A worker on a GPU is named after it and its job ("gpu0-job1", "gpu1-mig2-job0"), has ``1 / jobs_per_gpu`` of Dask's
+    resource "GPU", and runs on the CPUs near its GPU where the driver names them. It is born with CUDA_VISIBLE_DEVICES,
+    so that scripts may use CUDA at their top level; this process starts no CUDA. ``scale`` cannot go beyond the GPUs.
 
     The page's program is started when somebody first opens the page; until then it costs nothing.
 
@@ -100,6 +93,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
 
     _activation: Activation | None = None
     _dashboard = False
+    _pinning: Pinning | None = None
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is not None and not issubclass(kind, Exception):
@@ -111,6 +105,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         super().__exit__(kind, *error)
 
     async def _start(self) -> None:
+        if self._pinning is not None:
+            # In the place of the numbered ones that the base class would start
+            self.worker_spec = {name: self._pinned(options) for name, options in self._pinning.workers().items()}
         await super()._start()
         await self.scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
         if self._dashboard:
@@ -120,6 +117,36 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         if self._activation is not None:
             await self._activation.close()
         await super()._close()
+
+    def _pinned(self, options: dict[str, Any]) -> dict[str, Any]:
+        common = self.new_spec["options"]
+        resources = {**(common.get("resources") or {}), **options["resources"]}
+        mine = {**common, **options, "env": {**common["env"], **options["env"]}, "resources": resources}
+        return {"cls": self.new_spec["cls"], "options": mine}
+
+    def new_worker_spec(self) -> dict[Any, Any]:
+        """Name and specification of the next worker; on GPUs, of the first that is missing."""
+        if self._pinning is None:
+            found: dict[Any, Any] = super().new_worker_spec()
+            return found
+        for name, options in self._pinning.workers().items():
+            if name not in self.worker_spec:
+                return {name: self._pinned(options)}
+        raise SettingsError(
+            f"the {len(self._pinning)} workers that gpus= and jobs_per_gpu={self._pinning.jobs} give places to are "
+            "there: make a cluster with more jobs_per_gpu"
+        )
+
+    def adapt(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the number of workers follow the work: as `distributed.LocalCluster`; on GPUs, up to their places."""
+        if self._pinning is not None:
+            kwargs["maximum"] = min(kwargs.get("maximum", len(self._pinning)), len(self._pinning))
+        return super().adapt(*args, **kwargs)
+
+    @property
+    def gpus(self) -> list[str]:
+        """A line for each GPU that workers are on: what it is, how many jobs, near which CPUs."""
+        return self._pinning.told() if self._pinning is not None else []
 
     @property
     def page_link(self) -> str | None:
@@ -132,6 +159,8 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         *,
         threads_per_worker: int = 2,
         memory_limit: str | float | None = "auto",
+        gpus: str | int | Sequence[int | str] | None = None,
+        jobs_per_gpu: int = 1,
         dashboard: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -145,6 +174,10 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
                 f"LocalCluster(n_workers={n_workers}, threads_per_worker={threads_per_worker}): a worker has at "
                 "least one thread, and there cannot be fewer than no workers."
             )
+        self._pinning = Pinning.of(gpus, jobs_per_gpu)
+        if self._pinning is not None:
+            check_unpinned(n_workers, kwargs.get("env"))
+            n_workers = len(self._pinning)
         n_workers = cpu_count() if n_workers is None else n_workers
         if memory_limit != "auto":
             if isinstance(memory_limit, str):
@@ -152,7 +185,11 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
             # Dask divides the machine's memory by the workers only where it is not told "auto".
             kwargs["memory_limit"] = memory_limit
         names = ("env", "config", "preload", "local_directory")
-        options = worker_options(n_workers, **{name: kwargs.pop(name, None) for name in names})
+        options = worker_options(
+            n_workers,
+            jobs_per_gpu=jobs_per_gpu if self._pinning is not None else None,
+            **{name: kwargs.pop(name, None) for name in names},
+        )
         try:
             super().__init__(
                 n_workers=n_workers,
@@ -180,22 +217,35 @@ def worker_options(
     config: dict[str, Any] | None = None,
     preload: str | list[str] | None = None,
     local_directory: str | Path | None = None,
+    jobs_per_gpu: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of the `Nanny` of each of ``n_workers`` on this machine, for workers that share models.
 
-    What is given goes before what would be chosen.
+    What is given goes before what would be chosen. ``jobs_per_gpu``: for workers on GPUs, those that share one.
     """
     cores = cpu_count()
     # A cluster that starts without workers grows later, to nobody knows how many.
     threads = max(1, cores // (n_workers or cores))
     # All our settings, since the workers take these in the place of what they have.
-    ours = {"zcinfer": {**settings(), "jobs": n_workers or cores, "computing": 1}}
+    ours = {"zcinfer": {**settings(), "jobs": jobs_per_gpu or n_workers or cores, "computing": 1}}
     return {
         "env": dict.fromkeys(THREAD_VARIABLES, str(threads)) | (env or {}),
         "config": dask.config.merge(ours, config or {}),
         "preload": _preloads(preload),
-        "local_directory": str(local_directory or _scratch_directory()),
+        "local_directory": str(local_directory or scratch_directory()),
     }
+
+
+def check_unpinned(n_workers: int | None, env: dict[str, Any] | None) -> None:
+    """Refuse to be told also by other arguments how many workers there are on GPUs, and which they see."""
+    if n_workers is not None:
+        raise SettingsError(
+            f"{n_workers} workers (n_workers=, --workers) and GPUs: the GPUs say how many there are. Leave it out, and "
+            "give jobs_per_gpu= (--jobs-per-gpu) for several on each"
+        )
+    given = {VISIBLE, ORDER} & (env or {}).keys()
+    if given:
+        raise SettingsError(f"env= may not have {', '.join(sorted(given))} where gpus= says which GPU a worker sees")
 
 
 def _refuse_reimport() -> None:
@@ -210,8 +260,6 @@ def _refuse_reimport() -> None:
 
 def _refuse_exposure(kwargs: dict[str, Any]) -> None:
     """Refuse arguments of `distributed.LocalCluster` that open ports to the network or run workers as threads."""
-    if kwargs.pop("gpus", None) is not None or kwargs.pop("jobs_per_gpu", 1) != 1:
-        raise SettingsError("workers pinned to GPUs are not there yet: leave out gpus= and jobs_per_gpu=")
     scheduler = kwargs.get("scheduler_kwargs") or {}
     for name in {"host", "interface", "contact_address", "dashboard_address", "protocol"} & scheduler.keys():
         raise SettingsError(f"scheduler_kwargs may not have {name}: the scheduler listens on {LOOPBACK} only")
@@ -235,7 +283,7 @@ def _preloads(asked: str | list[str] | None) -> list[str]:
     return [PRELOAD, *(name for name in ([asked] if isinstance(asked, str) else asked) if name != PRELOAD)]
 
 
-def _scratch_directory() -> Path:
+def scratch_directory() -> Path:
     """Directory for what workers spill, the same at every start.
 
     Dask locks what it uses in there and removes what no living process has locked; and it puts the directory on

@@ -12,9 +12,10 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -23,11 +24,14 @@ from distributed import Scheduler
 from distributed.system import MEMORY_LIMIT
 
 from . import config, own_ray
-from .cluster import INTERRUPTED, LOOPBACK, Nanny, worker_options
+from .cluster import INTERRUPTED, LOOPBACK, check_unpinned, scratch_directory, worker_options
 from .errors import NodeError, SettingsError
 from .joining import HEAD, STORE, Offer, ask, local_host, protocol, versions
 from .keeper import ALONE, OwnRay, Place, token_path
+from .mps import mps
+from .nanny import Nanny
 from .observer import Observer
+from .pinning import Pinning
 from .registry import Registry
 from .sizes import format_size, parse_size
 
@@ -73,18 +77,55 @@ class Member:
 
 @dataclass(frozen=True)
 class Workers:
-    """Worker processes of a machine: how many (None: one for each core), and the private memory of each."""
+    """Worker processes of a machine.
+
+    Attributes
+    ----------
+    number : int, optional
+        How many; None: one for each core, or ``jobs_per_gpu`` for each GPU.
+    memory_limit : str
+        Private memory of each.
+    gpus : "all", int, str, or a sequence of int and str, optional
+        Which GPUs they are on, as for `LocalCluster`.
+    jobs_per_gpu : int
+
+    Raises
+    ------
+    SettingsError
+        A GPU is not there, is hidden, or was given twice.
+    """
 
     number: int | None = None
     memory_limit: str = "auto"
+    gpus: str | int | Sequence[int | str] | None = None
+    jobs_per_gpu: int = 1
 
     def __post_init__(self) -> None:
         if self.memory_limit != "auto":
             parse_size(self.memory_limit, "--memory-limit")
+        if self.pinning is not None:
+            check_unpinned(self.number, None)
+
+    @cached_property
+    def pinning(self) -> Pinning | None:
+        """Which worker is on which GPU."""
+        return Pinning.of(self.gpus, self.jobs_per_gpu)
 
     @property
     def count(self) -> int:
+        if self.pinning is not None:
+            return len(self.pinning)
         return cpu_count() if self.number is None else self.number
+
+    def options(self, host: str) -> list[dict[str, Any]]:
+        """Arguments for the `Nanny` of each, on the machine of that address."""
+        jobs = self.pinning.jobs if self.pinning is not None else None
+        common = worker_options(self.count, config=_of_host(host), jobs_per_gpu=jobs)
+        if self.pinning is None:
+            return [common] * self.count
+        # Names are unique in the whole cluster.
+        pinned = self.pinning.workers(f"{host}-" if host else "").values()
+        return [{**common, **own, "env": {**common["env"], **own["env"]}} for own in pinned]
 
     @property
     def nbytes(self) -> int:
@@ -138,14 +179,14 @@ async def _be_head(role: Head, workers: Workers, announce: Callable[[str], objec
     async with AsyncExitStack() as stack:
         # A Ray of this machine alone has a port of its own, as no other machine need know it
         ray = await _ray(stack, Place(role.host, role.ray_port) if role.host else ALONE)
-        options = worker_options(workers.count, config=_of_host(role.host))
+        options = workers.options(role.host)
         scheduler = Scheduler(
             host=host,
             port=role.port,
             protocol=protocol(),
             dashboard=False,
             dashboard_address=f"{LOOPBACK}:0",  # health and metrics
-            local_directory=options["local_directory"],
+            local_directory=str(scratch_directory()),
         )
         stack.push_async_callback(scheduler.close, reason="zcinfer-node-ends")
         await scheduler
@@ -170,8 +211,10 @@ async def _be_member(role: Member, workers: Workers, announce: Callable[[str], o
     offer.check(host)
     async with AsyncExitStack() as stack:
         await _ray(stack, Place(host, join=offer.ray))
-        options = worker_options(workers.count, config=_of_host(host))
+        options = workers.options(host)
         nannies = await stack.enter_async_context(_running(workers, role.address, host, options))
+        text = [f"{host} is a node of {role.address}: {_workers_text(workers)}.", *_gpu_lines(workers)]
+        announce("\n".join([*text, "Ctrl-C ends it here."]))
         announce(f"{host} is a node of {role.address}: {_workers_text(workers)}.\nCtrl-C ends it here.")
         await asyncio.gather(*(nanny.finished() for nanny in nannies))
     raise NodeError(f"the head at {role.address} has ended or is out of reach, and so this node ends. Join it again.")
@@ -189,7 +232,9 @@ async def _ray(stack: AsyncExitStack, place: Place) -> OwnRay:
 
 
 @asynccontextmanager
-async def _running(workers: Workers, scheduler: str, host: str, options: dict[str, Any]) -> AsyncIterator[list[Nanny]]:
+async def _running(
+    workers: Workers, scheduler: str, host: str, options: list[dict[str, Any]]
+) -> AsyncIterator[list[Nanny]]:
     """Workers of the cluster at ``scheduler``, each with its nanny."""
     nannies = [
         Nanny(
@@ -201,9 +246,9 @@ async def _running(workers: Workers, scheduler: str, host: str, options: dict[st
             dashboard=False,
             dashboard_address=f"{LOOPBACK}:0",
             silence_logs=logging.CRITICAL,
-            **options,
+            **own,
         )
-        for _ in range(workers.count)
+        for own in options
     ]
     try:
         try:
@@ -275,9 +320,14 @@ def _workers_text(workers: Workers) -> str:
     return f"{many}, {format_size(workers.nbytes)} of private memory each"
 
 
+def _gpu_lines(workers: Workers) -> list[str]:
+    return [f"  {line}" for line in [*workers.pinning.told(), mps()]] if workers.pinning is not None else []
+
+
 def _head_text(role: Head, workers: Workers, scheduler: str, ray: str) -> str:
     path = token_path(config.get("ray.token-file"))
     text = [f"The head runs: {_workers_text(workers)}; registry {Registry(config.registry_directory()).directory}"]
+    text += _gpu_lines(workers)
     if role.host:
         text += [
             "On each other machine, with a copy of the file",

@@ -2,8 +2,9 @@
 
 For: memory limits that count what a worker has to itself. A model in shared memory is resident in every worker
 that reads it, and Dask would spill, pause and restart each of them for it. For memory that is freed, which is kept, as
-torch needs it again at once. For torch itself, which is imported while nothing waits for it. And for counters
-(`telemetry`), which ride on the heartbeat. Not for: models, devices.
+torch needs it again at once. For torch itself, which is imported while nothing waits for it. For the CPUs near its GPU,
+if it was given one: the first of CUDA_VISIBLE_DEVICES, whoever set that. And for counters (`telemetry`), which ride on
+the heartbeat. Not for: models, nor which worker has which GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from distributed.worker_memory import NannyMemoryManager
 
 from . import prometheus, sampling, stores, telemetry
 from .memory import keep_freed, process_memory
+from .pinning import bind_to_device, spans
 
 # Seconds for which a heartbeat tells of a job after its last block
 TOLD = 60.0
@@ -62,8 +64,9 @@ class PrivateMemoryLimit(NannyPlugin):  # type: ignore[misc]
 def dask_setup(worker: Any) -> None:
     """Make the memory limits of ``worker`` and of its nanny, if it has one, count private memory.
 
-    A worker with a nanny also leaves Ctrl-C to it, and all keep freed memory for the next batch. Dask calls this in
-    every worker process that starts with this preload, and again after each restart of the worker.
+    A worker with a nanny also leaves Ctrl-C to it and keeps to the CPUs near its GPU, and all keep freed memory for the
+    next batch. Dask calls this in every worker process that starts with this preload, and again after each restart of
+    the worker.
     """
     prometheus.show_worker()
     # A second and more, which the first block need not wait for. No daemon: to end in the midst of it is to crash.
@@ -80,6 +83,11 @@ def dask_setup(worker: Any) -> None:
         # Ctrl-C reaches every process of the terminal, but it is the script or the nanny that ends the worker for it,
         # or goes on. Not SIG_IGN: the processes that tasks start would inherit that.
         signal.signal(signal.SIGINT, lambda *_: None)
+        cpus, reason = bind_to_device()  # not where the process is somebody's program, with threads of its own
+        if cpus:
+            logger.info("on CPUs %s, which are near its GPU", spans(cpus))
+        elif reason:
+            logger.info("not bound to the CPUs near its GPU: %s", reason)
         # Not awaited here: a nanny answers only once it has started, which is when its worker has.
         worker.loop.add_callback(_tell_nanny, worker)
 
