@@ -412,23 +412,6 @@ def test_impossible_settings_are_refused(
         run(source, tmp_path / "out.zarr", **settings)
 
 
-def test_lost_device_is_not_taken_for_bad_rows(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def lost(self: Predictor, *_: object) -> None:
-        calls.append(1)
-        try:
-            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-        except torch.AcceleratorError as error:
-            raise BlockError("block 0, rows 0–4, of picky@1: AcceleratorError") from error
-
-    guarded = Guarded(Guard("nan"), ["input"], "picky")
-    monkeypatch.setattr(Predictor, "run_block", lost)
-    with pytest.raises(BlockError, match=r"rows 0–4, of picky@1.*can do nothing more in this process.*device='cpu'"):
-        guarded.run_block([rows(5)], "block 0", 0, BATCH)
-    assert len(calls) == 1
-
-
 def test_failures_of_nothing(tmp_path: Path, source: Path) -> None:
     for place in (tmp_path / "nowhere.zarr", source):
         with pytest.raises(OutputError, match=r"there is no output of zcinfer at"):

@@ -21,6 +21,7 @@ Every error a user meets derives from `ZcinferError`; an exception of Ray, pickl
     ├── InputError              an input the model refuses: dtype, shape, lengths that differ
     ├── OutputError             a target that exists and is not ours, an output without rows
     └── BlockError              a block failed while computing; names block, rows and model version
+        └── DeviceLost          and after it the GPU answers nothing more in that process
 """
 
 from __future__ import annotations
@@ -88,3 +89,7 @@ class OutputError(ZcinferError):
 
 class BlockError(ZcinferError):
     """A block failed while it was computed."""
+
+
+class DeviceLost(BlockError):
+    """A block failed such that the GPU answers nothing more in that process."""

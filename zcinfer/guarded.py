@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from .bisection import Failed, Salvage, TooManyFailed, salvage
 from .errors import BlockError, SettingsError
+from .lost import is_lost
 from .predictor import Predictor
 from .records import Outcome
 from .rows import Array
@@ -120,20 +120,13 @@ class Guarded(Predictor):
     ) -> Salvage[Any]:
         most = self.guard.max_errors
         try:
-            return salvage(compute, rows, batch_rows, most, _is_lost)
+            return salvage(compute, rows, batch_rows, most, is_lost)
         except TooManyFailed as many:
             listed = ", ".join(f"{first + failed.start:,}" for failed in many.failed[:5])
             raise BlockError(
                 f"{where}: more than max_errors={most} rows failed (rows {listed}...), the first with: "
                 f"{many.failed[0].error}. What is finished is kept: mend the model or the input, or allow more"
             ) from None
-        except BlockError as error:
-            if not _is_lost(error):
-                raise
-            raise BlockError(
-                f"{error}. After that the device can do nothing more in this process, so that single rows cannot be "
-                "tried: start the workers anew, and find the rows with device='cpu'"
-            ) from error
 
     def _told(self, failed: Failed, first: int) -> dict[str, Any]:
         return {
@@ -179,11 +172,3 @@ def _count(array: Array) -> tuple[int, int]:
         return 0, 0
     nan = int(np.count_nonzero(np.isnan(array)))
     return nan, array.size - finite - nan
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether it came from the device itself: CUDA then answers every call with the same error."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, torch.AcceleratorError):
-        seen = seen.__cause__ or seen.__context__
-    return seen is not None and getattr(seen, "error_code", None) != 2  # which is: out of memory

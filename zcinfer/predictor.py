@@ -26,9 +26,10 @@ from .canonical import Canonical
 from .catalog import describe, ready
 from .computing import computing
 from .description import sha256_each
-from .errors import BlockError, InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
+from .errors import InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
 from .forward import Forward
 from .loading import device_of, residents
+from .lost import failed
 from .outputs import Output
 from .parts import storage_bytes
 from .probing import explain
@@ -442,14 +443,14 @@ class Predictor:
                             forward = partial(run, trimmed=trimmed)
                         outputs = self._in_memory(forward, batch, place, partial(name, rows), clock)
                     except Exception as error:
-                        raise BlockError(f"{name(rows)}: {explain(error)}") from error
+                        raise failed(name(rows), error) from error
                     for result, output in zip(results, outputs, strict=True):
                         result[rows] = output
                     clock.lap(_FROM_DEVICE)
         except ZcinferError:
             raise
         except Exception as error:
-            raise BlockError(f"{name()}: it cannot be used on {device}: {explain(error)}") from error
+            raise failed(f"{name()}: it cannot be used on {device}", error) from error
 
     def _in_memory(
         self,
