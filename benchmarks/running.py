@@ -46,7 +46,7 @@ ENTRIES = {
     "overlap": Entry("overlap", (*SHOWN, "aiohttp")),
     "windows": Entry("windows", SHOWN),
     "nodes": Entry("nodes", SHOWN),
-    "gpu": Entry("gpu", SHOWN, "it needs a GPU, and is not written yet: workers are not pinned to GPUs so far"),
+    "gpu": Entry("gpu", SHOWN, "it needs a GPU, and is not written yet"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -113,26 +114,34 @@ def test_the_environment_of_a_birth_is_not_taken_for_our_own(monkeypatch: pytest
 # --- with the driver library ---------------------------------------------------------------------------------------
 
 REFUSED = """
-from zcinfer.pinning import Pinning
+import json, os
 from zcinfer.errors import SettingsError
-try:
-    Pinning.of("all", 1)
-except SettingsError as error:
-    print(error)
+from zcinfer.pinning import Pinning
+for environment in json.loads(os.environ.get("TRIED", "[{}]")):
+    os.environ.update(environment)
+    try:
+        Pinning.of("all", 1)
+    except SettingsError as error:
+        print(error)
+    for name in environment:
+        del os.environ[name]
 """
 
 
-@pytest.mark.parametrize(
-    ("environment", "said"),
-    [
-        ({"FAKE_NVML_FAIL": "nvmlInitWithFlags=9"}, "NVML cannot be used (Driver Not Loaded)"),
-        ({"FAKE_NVML_CARDS": "0"}, "the driver shows none"),
-        ({"FAKE_NVML_FAIL": "nvmlDeviceGetHandleByIndex_v2=15"}, "GPU 0: GPU is lost; GPU 1: GPU is lost"),
-    ],
-)
-def test_all_of_none(driver: dict[str, str], environment: dict[str, str], said: str) -> None:
-    told = nvml.run(REFUSED, driver | environment)
-    assert f"no NVIDIA GPU was found: {said}. Leave out gpus= (--gpus) to compute on the CPU" in told
+def test_all_of_none(driver: dict[str, str]) -> None:
+    tried = [
+        {"FAKE_NVML_FAIL": "nvmlInitWithFlags=9"},
+        {"FAKE_NVML_CARDS": "0"},
+        {"FAKE_NVML_FAIL": "nvmlDeviceGetHandleByIndex_v2=15"},
+    ]
+    expected = [
+        "NVML cannot be used (Driver Not Loaded)",
+        "the driver shows none",
+        "GPU 0: GPU is lost; GPU 1: GPU is lost",
+    ]
+    told = nvml.run(REFUSED, driver | {"TRIED": json.dumps(tried)}).splitlines()
+    for line, said in zip(told, expected, strict=True):
+        assert line.startswith(f"no NVIDIA GPU was found: {said}. Leave out gpus= (--gpus) to compute on the CPU")
 
 
 def test_without_the_package(tmp_path: Path) -> None:
@@ -164,23 +173,35 @@ def test_all_threads_keep_to_the_cpus_near_the_gpu(driver: dict[str, str]) -> No
     assert told == f"[{cpu}]\n[{cpu}] [{cpu}] \n"
 
 
-@pytest.mark.parametrize(
-    ("environment", "reason"),
-    [
-        ({}, ""),
-        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
-        ({"CUDA_VISIBLE_DEVICES": "9"}, "NVML knows no GPU of CUDA_VISIBLE_DEVICES='9'"),
-        ({"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_CPUS": "0"}, "NVML does not say which are near"),
-        ({"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_CPUS": "8000000000000000"}, "this process may not use CPUs 63"),
-        ({"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_FAIL": "nvmlInitWithFlags=9"}, "Driver Not Loaded"),
-    ],
-)
-def test_where_nothing_is_near_nothing_is_changed(
-    driver: dict[str, str], environment: dict[str, str], reason: str
-) -> None:
-    everywhere = sorted(os.sched_getaffinity(0))
-    other, own = nvml.run(BIND, driver | environment).splitlines()
-    assert other == str(everywhere)
-    assert own.startswith(f"{everywhere} [] ")
-    assert reason in own
-    assert reason or own.endswith("[] ")
+UNBOUND = """
+import json, os
+from zcinfer.pinning import bind_to_device
+before = os.sched_getaffinity(0)
+for environment in json.loads(os.environ["TRIED"]):
+    os.environ.update(environment)
+    cpus, reason = bind_to_device()
+    assert (set(cpus), os.sched_getaffinity(0)) == (set(), before)
+    print(reason)
+    for name in environment:
+        del os.environ[name]
+"""
+
+
+def test_where_nothing_is_near_nothing_is_changed(driver: dict[str, str]) -> None:
+    tried = [
+        {},
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"CUDA_VISIBLE_DEVICES": "9"},
+        {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_CPUS": "0"},
+        {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_CPUS": "8000000000000000"},
+        {"CUDA_VISIBLE_DEVICES": "0", "FAKE_NVML_FAIL": "nvmlInitWithFlags=9"},
+    ]
+    told = nvml.run(UNBOUND, driver | {"TRIED": json.dumps(tried)}).splitlines()
+    assert told[:5] == [
+        "",
+        "",
+        "NVML knows no GPU of CUDA_VISIBLE_DEVICES='9'",
+        "NVML does not say which are near",
+        "this process may not use CPUs 63, which are near it",
+    ]
+    assert "(Driver Not Loaded)" in told[5]

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
 from time import monotonic
@@ -72,11 +71,11 @@ def failed(what: str, error: Exception) -> Exception:
     if here is None:
         return DeviceLost(f"{told}. Start the process anew; find the rows with device='cpu'")
     worker, key = here
-    ended = _end(worker, key)  # 0: another block has ended this one
     from dask import config
     from distributed import Reschedule
 
     most = int(config.get("distributed.scheduler.allowed-failures"))
+    ended = _end(worker, key, most)  # 0: another block has ended this one
     if ended > most:
         return DeviceLost(
             f"{told}. That is the end of {ended} workers by this block, so it is not tried again. Find its rows with "
@@ -112,16 +111,15 @@ def _task_here() -> tuple[Any, Any] | None:
 
 # Keys of the blocks that failed since the device is lost; the first is taken for the cause
 _failed: set[Any] = set()
-_lock = threading.Lock()
 
 
-def _end(worker: Any, key: Any) -> int:
+def _end(worker: Any, key: Any, most: int) -> int:
     """Have the worker end, once nothing runs in it; the number of workers that the block has ended, this one included.
 
     Who comes later has not ended this worker: what ran beside the block that did must not be blamed for it, as it is
     sent to the same next worker often enough.
     """
-    counted = asyncio.run_coroutine_threadsafe(_announce(worker, key), worker.loop.asyncio_loop)
+    counted = asyncio.run_coroutine_threadsafe(_announce(worker, key, most), worker.loop.asyncio_loop)
     try:
         return counted.result(2 * PATIENCE)
     except (Late, OSError) as error:
@@ -129,20 +127,21 @@ def _end(worker: Any, key: Any) -> int:
         return 1
 
 
-async def _announce(worker: Any, key: Any) -> int:
+async def _announce(worker: Any, key: Any, most: int) -> int:
     from distributed import Status
 
-    with _lock:
-        first = not _failed
+    if _failed:
         _failed.add(key)
-    if not first:
         return 0
+    _failed.add(key)
     # Sent before anything that a task sends later: no task comes here any more, this one neither.
     worker.status = Status.closing_gracefully
     worker.zcinfer_ending = asyncio.ensure_future(_leave(worker))
     place = [ENDED, str(key)]
     ended = 1 + int(await asyncio.wait_for(worker.scheduler.get_metadata(keys=place, default=0), PATIENCE))
-    await asyncio.wait_for(worker.scheduler.set_metadata(keys=place, value=ended), PATIENCE)
+    # Who asks for a block again that has failed for good means it anew.
+    kept = ended if ended <= most else 0
+    await asyncio.wait_for(worker.scheduler.set_metadata(keys=place, value=kept), PATIENCE)
     return ended
 
 
