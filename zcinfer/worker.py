@@ -69,6 +69,12 @@ def dask_setup(worker: Any) -> None:
     the worker.
     """
     prometheus.show_worker()
+    if worker.nanny is not None and sys.platform == "linux":  # else it is somebody's program, with threads of its own
+        cpus, reason = bind_to_device()
+        if cpus:
+            logger.info("on CPUs %s, which are near its GPU", spans(cpus))
+        elif reason:
+            logger.info("not bound to the CPUs near its GPU: %s", reason)
     # A second and more, which the first block need not wait for. No daemon: to end in the midst of it is to crash.
     threading.Thread(target=import_module, args=("torch",), name="zcinfer-import").start()
     worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD) | sampling.latest()
@@ -83,11 +89,6 @@ def dask_setup(worker: Any) -> None:
         # Ctrl-C reaches every process of the terminal, but it is the script or the nanny that ends the worker for it,
         # or goes on. Not SIG_IGN: the processes that tasks start would inherit that.
         signal.signal(signal.SIGINT, lambda *_: None)
-        cpus, reason = bind_to_device()  # not where the process is somebody's program, with threads of its own
-        if cpus:
-            logger.info("on CPUs %s, which are near its GPU", spans(cpus))
-        elif reason:
-            logger.info("not bound to the CPUs near its GPU: %s", reason)
         # Not awaited here: a nanny answers only once it has started, which is when its worker has.
         worker.loop.add_callback(_tell_nanny, worker)
 
