@@ -27,7 +27,7 @@ def script(body: str, directory: Path, environment: dict[str, str]) -> Any:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FAKE_NVML_"))}
     own = {"TMPDIR": str(directory), "FAKE_NVML_CPUS": f"{1 << min(os.sched_getaffinity(0)):x},8000000000000000"}
     done = subprocess.run(
-        [sys.executable, str(path)], env=clean | own | environment, capture_output=True, text=True, timeout=100
+        [sys.executable, str(path)], env=clean | own | environment, capture_output=True, text=True, timeout=110
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     from zcinfer.errors import SettingsError
 
     def until(condition):
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.02)
