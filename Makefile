@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: demo example test test-slow bench bench-check docker-check lint types check format ci constraints clean help faults soak
+.PHONY: demo example test test-slow bench bench-check docker-check lint types check format ci constraints clean help faults fuzz soak
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,6 +39,9 @@ test: lint types ## lint, types and all tests
 
 test-slow: $(VENV)/.timm $(VENV)/.browser ## the tests that take minutes: hundreds of architectures, whole programs, more ways to die
 	@exec $(BIN)/python -m pytest -q -m slow $(ARGS)
+
+fuzz: $(VENV)/.test ## spoilt archives, names and settings, for ten minutes or ARGS="SECONDS [SEED]"
+	@exec $(BIN)/python tests/test_fuzz.py $(or $(ARGS),600)
 
 bench: $(VENV)/.test ## all benchmarks (ARGS=--quick: under 10 minutes), or one, as in `make bench-load`
 	@exec $(BIN)/zcinfer bench all $(ARGS)

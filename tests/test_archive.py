@@ -452,10 +452,10 @@ def test_other_content_of_the_description_is_refused(text: bytes, directory: Pat
 
 
 def test_a_huge_table_allocates_nothing(directory: Path) -> None:
-    size = 1 << 40
     value = json.loads((directory / DESCRIPTION).read_bytes())
-    value["storages"].append([size, size - TAIL, "0" * 64, "more"])
-    value["nbytes"] = size = 2 * size
+    end = value["nbytes"] - TAIL
+    value["storages"].append([end, 1 << 40, "0" * 64, "more"])
+    value["nbytes"] = size = end + (1 << 40) + TAIL
     (directory / DESCRIPTION).write_text(json.dumps(value, indent=1))
     tracemalloc.start()
     try:

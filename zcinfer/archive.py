@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from .description import Bytes, Description, altered_storages
 from .errors import ArchiveError
+from .files import FileBytes, copy_file, create, open_regular, parse_json, read_whole, sync_directory, write_file
 from .sharing import map_file
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ WEIGHTS, SKELETON, DESCRIPTION, VERIFIED = "weights.safetensors", "skeleton.pkl"
 MARGIN = 4096
 _WRITE = 16 << 20  # at a time, so that progress is seen
 _MAX_HEADER = 100_000_000  # safetensors' own limit
+_MAX_DESCRIPTION = 1 << 26  # of 200,000 tensors; what parses it takes some times that
+_MAX_STAMP = 4096
+_MAX_MESSAGE = 500  # characters of what was found, which may be a name of any length
 _SAFETENSORS_DTYPE = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
@@ -49,6 +52,9 @@ class Archive:
     Parameters
     ----------
     directory : pathlib.Path
+    ours : bool
+        Nobody else can write there: then its own note that it was compared before is believed, and renewed. Outside
+        the registry who has written the archive may have written that, too.
 
     Raises
     ------
@@ -57,11 +63,12 @@ class Archive:
         `verify`, not here.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, ours: bool = True):
         self.directory = directory
+        self._ours = ours
         try:
-            text = (directory / DESCRIPTION).read_bytes()
-            with open(directory / WEIGHTS, "rb") as file:
+            text = read_whole(directory / DESCRIPTION, _MAX_DESCRIPTION)
+            with open(open_regular(directory / WEIGHTS), "rb", buffering=0) as file:
                 header = int.from_bytes(file.read(8), "little")
                 found = os.fstat(file.fileno()).st_size
         except OSError as error:
@@ -69,15 +76,16 @@ class Archive:
         self.seal = hashlib.sha256(text).hexdigest()
         # What was written or compared before need not be looked through again.
         stamp = self._stamp()
-        self._checked = stamp if stamp == _read_json(directory / VERIFIED) else None
+        self._checked = stamp if ours and stamp == _read_stamp(directory / VERIFIED) else None
         try:
-            value = json.loads(text)
+            value = parse_json(text)
             if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
                 raise ArchiveError(f"it is not of format {FORMAT}, the one that this version reads")
             self.description = Description.from_json(value, check=self._checked is None)
-        except (ArchiveError, ValueError, RecursionError) as error:
+        except (ArchiveError, ValueError) as error:
             raise ArchiveError(
-                f"{directory / DESCRIPTION} is truncated or altered: {error}. Publish the model again."
+                f"{directory / DESCRIPTION} is truncated or altered: {str(error)[:_MAX_MESSAGE]}. Publish the model "
+                "again."
             ) from error
         self._data_start = 8 + header
         expected = self._data_start + self.description.nbytes
@@ -96,7 +104,7 @@ class Archive:
             They are not what was written.
         """
         try:
-            skeleton = (self.directory / SKELETON).read_bytes()
+            skeleton = read_whole(self.directory / SKELETON, self.description.skeleton_nbytes)
         except OSError as error:
             raise ArchiveError(
                 f"{self.directory / SKELETON} cannot be read: {error}. Publish the model again."
@@ -125,7 +133,7 @@ class Archive:
         self.check()
         before = _storage_read()
         try:
-            with open(self.directory / WEIGHTS, "rb", buffering=0) as file:
+            with open(open_regular(self.directory / WEIGHTS), "rb", buffering=0) as file:
                 piece = bytearray(1 << 22)
                 while file.readinto(piece):
                     pass
@@ -158,24 +166,33 @@ class Archive:
         self.description.check()
         self.skeleton()
         stamp = self._stamp()
-        with open(self.directory / WEIGHTS, "rb") as file:
-            if file.read(self._data_start) != _safetensors_header(self.description, self.seal):
-                raise ArchiveError(
-                    f"{self.directory / DESCRIPTION}, or the header of {WEIGHTS}, was altered: they do not agree. "
-                    "Publish the model again."
-                )
-        buffer = self._map()[MARGIN:]
+        try:
+            with open(open_regular(self.directory / WEIGHTS), "rb", buffering=0) as file:
+                self._compare(file.fileno())
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if self._ours:
+            # In a registry we may only read it is compared again by the next process.
+            with contextlib.suppress(OSError):
+                write_file(self.directory / VERIFIED, json.dumps(stamp).encode())
+
+    def _compare(self, descriptor: int) -> None:
+        if FileBytes(descriptor, 0, self._data_start).read() != _safetensors_header(self.description, self.seal):
+            raise ArchiveError(
+                f"{self.directory / DESCRIPTION}, or the header of {WEIGHTS}, was altered: they do not agree. "
+                "Publish the model again."
+            )
+        buffer = FileBytes(descriptor, self._data_start, self.description.nbytes)
         altered = altered_storages(buffer, self.description)
-        altered += [f"the padding at byte {start}" for start, end in _gaps(self.description) if buffer[start:end].any()]
+        for start, end in _gaps(self.description):
+            if buffer[start:end].read() != bytes(end - start):
+                altered.append(f"the padding at byte {start}")
         if altered:
             raise ArchiveError(
-                f"{self.directory / WEIGHTS} was altered: the content of {', '.join(altered[:5])} "
+                f"{self.directory / WEIGHTS} was altered: the content of {', '.join(altered[:5])[:_MAX_MESSAGE]} "
                 f"({len(altered)} of {len(self.description.storages)} storages) differs from its digest. "
                 "Publish the model again."
             )
-        # In a registry we may only read it is compared again by the next process.
-        with contextlib.suppress(OSError):
-            write_file(self.directory / VERIFIED, json.dumps(stamp).encode())
 
     def _map(self) -> Bytes:
         try:
@@ -202,7 +219,7 @@ def write_archive(parts: Parts, directory: Path, advance: Callable[[int], object
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, **asdict(parts.description)}, indent=1).encode()
     header = _safetensors_header(parts.description, hashlib.sha256(text).hexdigest())
-    with open(directory / WEIGHTS, "xb") as file:
+    with create(directory / WEIGHTS) as file:
         file.write(header)
         for piece in parts.pieces():
             for start in range(0, len(piece), _WRITE):
@@ -218,34 +235,25 @@ def write_archive(parts: Parts, directory: Path, advance: Callable[[int], object
 
 
 def copy_archive(archive: Archive, directory: Path) -> Archive:
-    """Copy an archive into ``directory``, which is new; it is complete, and on disk, on return."""
+    """Copy an archive into ``directory``, which is new; it is complete, and on disk, on return.
+
+    Raises
+    ------
+    ArchiveError
+        It is truncated or altered, or became another while it was copied.
+    """
     directory.mkdir(mode=0o700, parents=True)
     for name in (WEIGHTS, SKELETON, DESCRIPTION):
-        shutil.copyfile(archive.directory / name, directory / name)
-        with open(directory / name, "rb") as file:
-            os.fsync(file.fileno())
+        try:
+            source = open_regular(archive.directory / name)
+        except OSError as error:
+            raise ArchiveError(f"{archive.directory / name} cannot be read any more: {error}") from error
+        copy_file(source, directory / name)
     copied = Archive(directory)
+    if copied.seal != archive.seal:
+        raise ArchiveError(f"{archive.directory} became another archive while it was copied: try again")
     copied.verify()
     return copied
-
-
-def sync_directory(directory: Path) -> None:
-    """Have the names in a directory on disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file atomically; what was there, or what is new, is there after a loss of power."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _safetensors_header(description: Description, seal: str) -> bytes:
@@ -287,8 +295,8 @@ def _storage_read() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)
 
 
-def _read_json(path: Path) -> Any:
+def _read_stamp(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(read_whole(path, _MAX_STAMP))
     except (OSError, ValueError):
         return None

@@ -26,7 +26,7 @@ class _Group(click.Group):
         except ZcinferError as error:
             if os.environ.get("ZCINFER_DEBUG"):
                 raise
-            click.secho(f"error: {error}", fg="red", err=True)
+            click.secho(f"error: {_printable(error)}", fg="red", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.secho(f"interrupted{ctx.meta.get('kept', '')}", err=True)
@@ -117,16 +117,28 @@ def ls(as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Compare all contents with their digests.")
 @_JSON
 def info(model: str, verify: bool, as_json: bool) -> None:
-    """Show what is known of MODEL (NAME or NAME@VERSION)."""
-    from . import catalog
+    """Show what is known of MODEL: NAME, NAME@VERSION, or an archive's directory, also one that is not trusted.
 
-    ref = catalog.resolve(model)
-    archive = catalog.archive(ref)
+    No code of an archive is run.
+    """
+    from pathlib import Path
+
+    from . import catalog
+    from .archive import Archive
+
+    try:
+        ref = catalog.resolve(model)
+    except ZcinferError:
+        if not os.path.isdir(model):
+            raise
+        name, archive = model, Archive(Path(model), ours=False)
+    else:
+        name, archive = str(ref), catalog.archive(ref)
     if verify:
         archive.verify()
-    description = archive.description
+    description, known = archive.description, catalog.registry().knows(archive)
     facts = {
-        "model": str(ref),
+        "model": name,
         "class": description.class_name,
         "digest": description.digest,
         "shared bytes": description.nbytes,
@@ -138,18 +150,20 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         "submodules in train mode": len(description.training),
         "needs": description.requires,
         "directory": str(archive.directory),
+        "trusted": known,
         "verified": verify,
     }
     if as_json:
         click.echo(json.dumps(facts))
     else:
+        facts["trusted"] = "yes, this user wrote it" if known else "no: zcinfer put opens it with --trust alone"
         facts["verified"] = "contents agree with their digests" if verify else "not compared (--verify)"
         held = (f"{what}, {nbytes:,} bytes" for what, nbytes in description.private)
         facts["private"] = "; ".join(held) or "the skeleton alone"
         facts["needs"] = ", ".join(f"{name} {version}".strip() for name, version in description.requires.items())
         for name, value in facts.items():
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-            click.echo(f"{name:>25}  {text}")
+            click.echo(f"{name:>25}  {_printable(text)}")
 
 
 @main.command()
@@ -518,6 +532,11 @@ def _import_object(text: str) -> Any:
     if not isinstance(found, torch.nn.Module) and callable(found):
         found = found()
     return found
+
+
+def _printable(text: object) -> str:
+    """A text of unknown origin, for a terminal, which obeys some characters."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
 def _named(text: str) -> tuple[str, str]:

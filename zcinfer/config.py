@@ -7,7 +7,10 @@ the same environment variables are read directly.
 
 from __future__ import annotations
 
+import ast
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,20 +55,71 @@ else:
     _dask_config.update_defaults({"zcinfer": DEFAULTS})
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | Path) and "\0" not in str(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+# What each setting may be, in words, and whether a value is that.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "store": ("text, as 'ray' or 'file'", _is_text),
+    "registry": ("the path of a directory", lambda v: v is None or _is_text(v)),
+    # A text would be true, whatever it says.
+    "trust-registry": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
+    "residents": ("a whole number", _is_whole),
+    "jobs": ("a whole number from 1", lambda v: _is_whole(v) and v > 0),
+    "computing": ("a whole number from 1, or null", lambda v: v is None or (_is_whole(v) and v > 0)),
+    "telemetry": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
+    "ray.address": ("HOST:PORT, or null", lambda v: v is None or _is_text(v)),
+    "ray.object-store-memory": ("bytes, as '4 GiB', or null", lambda v: v is None or _is_whole(v) or _is_text(v)),
+    "ray.token-file": ("the path of a file, or null", lambda v: v is None or _is_text(v)),
+    "ray.host": ("an address of this machine, or null", lambda v: v is None or _is_text(v)),
+    "ray.timeout": ("a number of seconds above 0", _is_seconds),
+    "ray.start-timeout": ("a number of seconds above 0", _is_seconds),
+}
+
+
 def get(key: str) -> Any:
     """Value of the setting ``key``, dots between levels.
+
+    Raises
+    ------
+    SettingsError
+        It is not what that setting can be.
 
     Examples
     --------
     >>> get("residents")
     32
     """
-    if _dask_config is not None:
-        return _dask_config.get(f"zcinfer.{key}")
-    env = "DASK_ZCINFER__" + key.upper().replace(".", "__").replace("-", "_")
-    if env in os.environ:
-        text = os.environ[env]
-        return int(text) if text.isdigit() else text
+    try:
+        value = _dask_config.get(f"zcinfer.{key}") if _dask_config is not None else _from_environment(key)
+    except (TypeError, LookupError) as error:
+        raise SettingsError(
+            f"the setting zcinfer.{key} cannot be found: zcinfer must be a table of settings"
+        ) from error
+    what, fits = _KINDS[key]
+    if not fits(value):
+        raise SettingsError(f"the setting zcinfer.{key} is {str(value)[:80]!r}: it must be {what}")
+    return value
+
+
+def _from_environment(key: str) -> Any:
+    """As Dask has it."""
+    name = "DASK_ZCINFER__" + key.upper().replace(".", "__").replace("-", "_")
+    if name in os.environ:
+        text = os.environ[name]
+        try:
+            return ast.literal_eval(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return {"none": None, "null": None, "false": False, "true": True}.get(text.lower(), text)
     value: Any = DEFAULTS
     for part in key.split("."):
         value = value[part]
@@ -79,13 +133,17 @@ def settings() -> dict[str, Any]:
 
 def local_directory(text: str, what: str) -> Path:
     """Absolute path of a directory given as a path or a ``file://`` URL; other URLs are refused."""
-    url = urlsplit(text)
+    try:
+        url = urlsplit(text)
+        path = Path(url.path if url.scheme == "file" else text).expanduser().absolute()
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(f"{what} is {text!r}: {error}") from error
     if url.scheme and url.scheme != "file" and "://" in text:
         raise SettingsError(
             f"{what} is {text!r}, but only directories (of this machine, or mounted on all machines) can be used so "
             "far: give a path."
         )
-    return Path(url.path if url.scheme == "file" else text).expanduser().absolute()
+    return path
 
 
 def registry_directory() -> Path:

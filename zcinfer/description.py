@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import ArchiveError
+from .files import FileBytes
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -25,6 +26,9 @@ ALIGNMENT = 256
 
 # Bytes behind the last storage: pages are protected as a whole, and no other object may lie in the last one.
 TAIL = 4096
+
+# Torch counts in signed integers of 64 bits; NumPy makes no arrays of more axes.
+_LARGEST, _MOST_AXES = (1 << 63) - 1, 64
 
 # Storages are hashed in pieces, so that several threads can share one large storage.
 _HASH_PIECE = 16 << 20
@@ -198,7 +202,7 @@ class Description:
                     "storages": tuple(map(StorageSpec._make, value["storages"])),
                     "training": tuple(value["training"]),
                     "requires": dict(value["requires"]),
-                    "private": tuple((str(what), int(nbytes)) for what, nbytes in value["private"]),
+                    "private": tuple((what, nbytes) for what, nbytes in value["private"]),
                     "in_base": tuple(value["in_base"]),
                 }
             )
@@ -230,21 +234,28 @@ def _check(description: Description) -> None:
     """Refuse other types than the above, and tables whose views would reach outside the buffer: torch would follow."""
     texts = (description.class_name, description.dtype, description.skeleton_sha256)
     _only(str, (*texts, *description.training, *description.requires, *description.requires.values()))
-    _only(int, (description.nbytes, description.skeleton_nbytes))
+    _only(str, (what for what, _ in description.private))
+    _numbers((description.nbytes, description.skeleton_nbytes, *(nbytes for _, nbytes in description.private)))
     if description.in_base:
         raise ValueError("an archive is whole, and has no storages elsewhere")
     if not re.fullmatch("[0-9a-f]{64}", description.digest):
         raise ValueError(f"the digest is {description.digest!r}")
-    _only(int, (number for storage in description.storages for number in storage[:2]))
+    _numbers(number for storage in description.storages for number in storage[:2])
     _only(str, (text for storage in description.storages for text in storage[2:]))
-    position = 0
+    if len({storage.name for storage in description.storages}) < len(description.storages):
+        raise ValueError("two storages have one name")
+    # Without gaps: what has no digest is nothing but padding.
+    end = 0
     for storage in description.storages:
-        if storage.offset < position or storage.nbytes < 0 or storage.offset % ALIGNMENT:
-            raise ValueError(f"storage {storage.name!r} lies at byte {storage.offset}: unaligned or over another")
-        position = storage.offset + storage.nbytes
-    if position + TAIL > description.nbytes:
-        raise ValueError(f"storages end at byte {position} of {description.nbytes}, fewer than {TAIL} before the end")
-    _only(int, (number for t in description.tensors for number in (t.storage, t.offset, *t.size, *t.stride)))
+        if storage.offset != -(-end // ALIGNMENT) * ALIGNMENT:
+            raise ValueError(f"storage {storage.name!r} lies at byte {storage.offset}, the one before ends at {end}")
+        end = storage.offset + storage.nbytes
+    if description.nbytes != -(-end // ALIGNMENT) * ALIGNMENT + TAIL:
+        raise ValueError(f"the storages end at byte {end} of {description.nbytes}")
+    for tensor in description.tensors:
+        if len(tensor.size) > _MOST_AXES or len(tensor.stride) != len(tensor.size):
+            raise ValueError(f"a tensor has {len(tensor.size)} sizes and {len(tensor.stride)} strides")
+    _numbers(number for t in description.tensors for number in (t.storage, t.offset, *t.size, *t.stride))
     _only(bool, (flag for t in description.tensors for flag in t[5:]))
     uses = Counter(tensor.storage for tensor in description.tensors)
     for tensor in description.tensors:
@@ -253,9 +264,10 @@ def _check(description: Description) -> None:
 
 def _check_tensor(tensor: TensorSpec, storages: Sequence[StorageSpec], alone: bool) -> None:
     number, dtype, offset, size, stride, requires_grad, _, whole = tensor
-    if min((number, offset, *size, *stride)) < 0:
-        raise ValueError(f"{tensor} has a negative number")
     itemsize, nbytes = ITEMSIZE[dtype], storages[number].nbytes
+    # Even where nothing is read.
+    if max(offset, math.prod(length or 1 for length in size), *stride) * itemsize > _LARGEST:
+        raise ValueError(f"{tensor} reaches beyond 64 bits")
     if whole:
         elements = 1
         for length, step in zip(reversed(size), reversed(stride), strict=True):
@@ -268,9 +280,6 @@ def _check_tensor(tensor: TensorSpec, storages: Sequence[StorageSpec], alone: bo
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if 0 not in size and (last + 1) * itemsize > nbytes:
             raise ValueError(f"{tensor} reaches beyond its storage of {nbytes} bytes")
-        # Even where nothing is read: torch counts in signed integers of 64 bits.
-        if max(offset, math.prod(length or 1 for length in size), *stride) * itemsize >= 1 << 63:
-            raise ValueError(f"{tensor} reaches beyond 64 bits")
     if requires_grad and not dtype.startswith(("float", "bfloat", "complex")):
         raise ValueError(f"{tensor} cannot require gradients")
 
@@ -281,7 +290,15 @@ def _only(kind: type, values: Iterable[Any]) -> None:
         raise TypeError(f"found {', '.join(other.__name__ for other in others)} instead of {kind.__name__}")
 
 
-def sha256_each(sources: Sequence[Bytes], advance: Callable[[int], object] = int) -> list[bytes]:
+def _numbers(values: Iterable[Any]) -> None:
+    """Refuse what is no number of things, or of bytes."""
+    values = list(values)
+    _only(int, values)
+    if values and not 0 <= min(values) <= max(values) <= _LARGEST:
+        raise ValueError("a number is negative, or has more than 64 bits")
+
+
+def sha256_each(sources: Sequence[Bytes | FileBytes], advance: Callable[[int], object] = int) -> list[bytes]:
     """SHA-256 over the SHA-256 of each piece of 16 MiB, per source, on all cores (hashlib releases the GIL).
 
     ``advance`` is called with the bytes of each piece that is done.
@@ -293,9 +310,13 @@ def sha256_each(sources: Sequence[Bytes], advance: Callable[[int], object] = int
     ]
     totals = [hashlib.sha256() for _ in sources]
     threads = ThreadPoolExecutor()
+
+    def digest_of(numbered: tuple[int, Bytes | FileBytes]) -> bytes:
+        piece: Any = numbered[1]
+        return hashlib.sha256(piece.read() if isinstance(piece, FileBytes) else piece).digest()
+
     try:
-        digests = threads.map(lambda piece: hashlib.sha256(piece[1]).digest(), pieces)
-        for (number, piece), digest in zip(pieces, digests, strict=True):
+        for (number, piece), digest in zip(pieces, threads.map(digest_of, pieces), strict=True):
             totals[number].update(digest)
             advance(piece.nbytes)
     finally:
@@ -303,7 +324,7 @@ def sha256_each(sources: Sequence[Bytes], advance: Callable[[int], object] = int
     return [total.digest() for total in totals]
 
 
-def altered_storages(buffer: Bytes, description: Description) -> list[str]:
+def altered_storages(buffer: Bytes | FileBytes, description: Description) -> list[str]:
     """Names of the storages in a flat buffer whose content is not what the description says."""
     sources = [buffer[spec.offset : spec.offset + spec.nbytes] for spec in description.storages]
     found = sha256_each(sources)

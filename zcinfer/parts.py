@@ -185,7 +185,7 @@ def join(
     """
     try:
         tensors, storages = view(buffer, description, copy_small, base)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
         raise ArchiveError(
             f"the table of {description.class_name} does not fit its weights: {error}. Publish the model again."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,10 +79,9 @@ def put(
     base = catalog.resolve(base) if base is not None else None
     if isinstance(model, str | Path):
         path = Path(model)
-        if not path.is_dir():
+        if not os.path.isdir(path):  # Path.is_dir raises where a name is too long, or may not be asked for
             raise ModelNotFound(f"no archive at {path}: pass a module, or the directory of an archive that save wrote")
-        opened = Archive(path) if trust else registry.open_trusted(path)
-        opened.verify()
+        opened = registry.open_trusted(path, trust)
         name = name or path.name
         check_name(name)
         if registry.knows(opened):
@@ -104,7 +104,7 @@ def _publish(
     _warn_of_private(name, described)
     own, shared_with = _shared_with(name, described, base)
     # Before anything is written, so that nothing has to be taken back.
-    registry.make_room(described.digest, described.nbytes)
+    registry.make_room(described.digest, described.nbytes + described.skeleton_nbytes)
     if store is not None:
         if shared_with is not None:
             store.publish(shared_with)  # not there yet, perhaps; then it needs room first

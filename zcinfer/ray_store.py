@@ -39,7 +39,7 @@ from .errors import StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
 from .registry import Registry
 from .sharing import Plasma, copy_mapped
-from .store import Fetched
+from .store import Fetched, registry_of
 from .stores import PATIENCE
 
 log = logging.getLogger("zcinfer")
@@ -146,7 +146,7 @@ class RayStore:
         address, _, query = url.removeprefix("ray:").partition("?")
         options = dict(parse_qsl(query))
         environment = own_ray.environment() if options.get("auth") == "own" else None
-        return cls(address, registry or Registry(options["registry"]), environment)
+        return cls(address, registry or Registry(registry_of(url)), environment)
 
     @property
     def url(self) -> str:

@@ -13,6 +13,7 @@ Not for memory: nothing here knows Ray, or loads a model.
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import json
 import os
@@ -23,19 +24,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from .archive import Archive, copy_archive, sync_directory, write_archive, write_file
+from .archive import DESCRIPTION, SKELETON, WEIGHTS, Archive, copy_archive, write_archive
 from .config import check_owner, private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
+from .files import parse_json, read_whole, sync_directory, write_file
 from .sizes import format_size
 
 if TYPE_CHECKING:
+    from .description import Description
     from .parts import Parts
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,199}")
+_DIGEST = re.compile("[0-9a-f]{64}")
+_MOST = 1 << 24  # bytes of the versions of one name
 
 
 @dataclass(frozen=True)
@@ -65,13 +71,17 @@ class Registry:
 
     def make_room(self, digest: str, nbytes: int) -> None:
         """Raise `StoreFull` if an archive of that size, not yet here, would not fit on the disk."""
-        free = shutil.disk_usage(private_directory(self.directory)).free
-        if nbytes > free and not self._is_complete(digest):
-            raise StoreFull(
-                f"a model of {format_size(nbytes)} does not fit on the disk of {self.directory}, which has "
-                f"{format_size(free)} to give. Delete what is not needed (zcinfer rm NAME), or set "
-                "DASK_ZCINFER__REGISTRY to a larger disk."
-            )
+        private_directory(self.directory)
+        if nbytes > shutil.disk_usage(self.directory).free and not self._is_complete(digest):
+            raise self._full(nbytes)
+
+    def _full(self, nbytes: int, why: str = "") -> StoreFull:
+        free = shutil.disk_usage(self.directory).free
+        return StoreFull(
+            f"a model of {format_size(nbytes)} does not fit on the disk of {self.directory}, which has "
+            f"{format_size(free)} to give{why}. Delete what is not needed (zcinfer rm NAME), or set "
+            "DASK_ZCINFER__REGISTRY to a larger disk."
+        )
 
     def add(self, parts: Parts, name: str, base: str | None = None, advance: Callable[[int], object] = int) -> Version:
         """Write the parts' archive unless it is there, and make it the newest version of ``name``.
@@ -80,14 +90,24 @@ class Registry:
         digest of a ``base``, memory is shared with that; its archive stays as long as this one. ``advance`` is called
         with numbers of bytes as they are written.
         """
-        return self._add(parts.description.digest, lambda place: write_archive(parts, place, advance), name, base)
+        return self._add(parts.description, lambda place: write_archive(parts, place, advance), name, base)
 
     def adopt(self, archive: Archive, name: str, base: str | None = None) -> Version:
         """As `add`, with a copy of an archive that lies elsewhere."""
-        return self._add(archive.description.digest, lambda place: copy_archive(archive, place), name, base)
+        return self._add(archive.description, lambda place: copy_archive(archive, place), name, base)
 
-    def _add(self, digest: str, write: Callable[[Path], Archive], name: str, base: str | None) -> Version:
+    def _add(self, described: Description, write: Callable[[Path], Archive], name: str, base: str | None) -> Version:
         check_name(name)
+        try:
+            return self._add_named(described.digest, write, name, base)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others have written meanwhile, or there is a quota
+                raise self._full(described.nbytes + described.skeleton_nbytes, f" ({error.strerror})") from error
+            raise SettingsError(
+                f"the registry {self.directory} cannot be written to: {error}. Set zcinfer.registry to one that can."
+            ) from error
+
+    def _add_named(self, digest: str, write: Callable[[Path], Archive], name: str, base: str | None) -> Version:
         with self._temporary() as temporary:
             written = None if self._is_complete(digest) else write(temporary / "archive")
             with self._lock():
@@ -155,8 +175,8 @@ class Registry:
         ArchiveError
             It is truncated or altered.
         """
-        check_owner(self.directory)
         directory = self._archive_directory(digest)
+        self._check_owners(directory.parent, directory, *(directory / n for n in (WEIGHTS, SKELETON, DESCRIPTION)))
         if not directory.exists():
             raise ModelNotFound(
                 f"no archive {digest[:12]} in the registry {self.directory}: it was deleted, or is another's"
@@ -169,6 +189,8 @@ class Registry:
     def base(self, digest: str) -> Archive | None:
         """The archive of the model that this one shares storages with in memory."""
         digest = self._base_digest(digest)
+        if self._base_digest(digest):
+            return None  # never written so: it would lead in a circle
         try:
             found = self.archive(digest) if digest else None
             if found is not None:
@@ -185,7 +207,8 @@ class Registry:
     def names(self) -> list[str]:
         """All names that have versions, sorted."""
         found = (self.directory / "names").glob("*.json")
-        names = sorted(unquote(path.stem) for path in found if not path.name.startswith("."))
+        # What is no name's file, as one that no name can have, is not ours.
+        names = sorted(name for path in found if is_name(name := unquote(path.stem)) and path == self._names_file(name))
         return [name for name in names if self._versions(name)]
 
     def versions(self) -> list[Version]:
@@ -209,22 +232,23 @@ class Registry:
             for digest in orphans:
                 # Renamed first: a reader finds the archive whole or not at all. Mappings of it stay valid.
                 with self._temporary() as temporary, suppress(FileNotFoundError):
-                    os.rename(self._archive_directory(digest), temporary / "deleted")
+                    os.rename(self.directory / "archives" / digest, temporary / "deleted")
                 (self.directory / "bases" / digest).unlink(missing_ok=True)
         return orphans
 
     def trust(self, archive: Archive) -> None:
         """Remember that this very archive may be opened; no field inside an archive can vouch for it."""
         private_directory(self.directory)
-        (self.directory / "seals").mkdir(exist_ok=True)
-        (self.directory / "seals" / archive.seal).touch()
+        (self._part("seals") / archive.seal).touch(mode=0o644)
 
     def knows(self, archive: Archive) -> bool:
         """Whether this user has written that very archive."""
+        self._check_owners(self.directory / "seals")
         return (self.directory / "seals" / archive.seal).exists()
 
-    def open_trusted(self, directory: Path) -> Archive:
-        """Open an archive outside the registry, compare all its contents, and check that we know its seal.
+    def open_trusted(self, directory: Path, trust: bool = False) -> Archive:
+        """Open an archive outside the registry, check that we know its seal or are told to ``trust`` it, and compare
+        all its contents.
 
         Raises
         ------
@@ -233,8 +257,8 @@ class Registry:
         ArchiveError
             It is truncated or altered.
         """
-        archive = Archive(directory)
-        if not self.knows(archive):
+        archive = Archive(directory, ours=False)
+        if not trust and not self.knows(archive):
             raise UntrustedArchive(
                 f"{directory} was not written by this user's zcinfer. Its skeleton is a pickle: opening it runs "
                 "code from it. If you trust where it comes from, put it again with trust=True (--trust)."
@@ -243,31 +267,46 @@ class Registry:
         return archive
 
     def _archive_directory(self, digest: str) -> Path:
+        if not _DIGEST.fullmatch(digest):  # it may come from elsewhere, and must not lead there
+            raise ModelNotFound(f"{digest[:80]!r} is no digest of a model")
         return self.directory / "archives" / digest
+
+    def _part(self, name: str) -> Path:
+        """A directory in the registry, made if it is missing."""
+        found = self.directory / name
+        found.mkdir(mode=0o755, exist_ok=True)
+        return found
+
+    def _check_owners(self, *parts: Path) -> None:
+        """Refuse a registry that others can write to, or a part of it, where they can come to that."""
+        check_owner(self.directory)
+        with suppress(FileNotFoundError):
+            if self.directory.stat().st_mode & 0o011:
+                for part in parts:
+                    check_owner(part)
 
     def _install(self, archive: Archive, digest: str) -> None:
         self.trust(archive)
         target = self._archive_directory(digest)
         if not self._is_complete(digest):
             shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
+            self._part("archives")
             os.rename(archive.directory, target)
             sync_directory(target.parent)
 
     def _base_digest(self, digest: str) -> str:
         try:
-            found = (self.directory / "bases" / digest).read_text()
+            found = read_whole(self.directory / "bases" / digest, 64).decode() if digest else ""
         except (OSError, ValueError):
             return ""
-        return found if re.fullmatch("[0-9a-f]{64}", found) else ""
+        return found if _DIGEST.fullmatch(found) else ""
 
     def _is_base(self, digest: str) -> bool:
         return any(self._base_digest(path.name) == digest for path in (self.directory / "bases").glob("*"))
 
     def _write_base(self, digest: str, base: str, temporary: Path) -> None:
-        (self.directory / "bases").mkdir(exist_ok=True)
         write_file(temporary / "base", base.encode())
-        os.replace(temporary / "base", self.directory / "bases" / digest)
+        os.replace(temporary / "base", self._part("bases") / digest)
 
     def _is_complete(self, digest: str) -> bool:
         try:
@@ -287,19 +326,25 @@ class Registry:
     def _read_versions(self, name: str) -> tuple[list[Version], int]:
         """Versions of a name, oldest first, and the last number that was given."""
         path = self._names_file(name)
+        self._check_owners(path.parent, path)
         try:
-            found = json.loads(path.read_bytes())
-            return [Version(**value) for value in found["versions"]], int(found["last"])
+            found = parse_json(read_whole(path, _MOST))
+            last = found["last"]
+            versions = [_version(name, value) for value in found["versions"]]
+            numbers = [0, *(version.version for version in versions), last]
+            if type(last) is not int or not all(a < b for a, b in pairwise(numbers[:-1])) or numbers[-2] > last:
+                raise ValueError(f"its versions are {numbers[1:-1]}, the last is {last}")
+            return versions, last
         except FileNotFoundError:
             return [], 0
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError) as error:
             raise ArchiveError(
-                f"{path}, the versions of {name!r}, cannot be read: {error}. Remove the file."
+                f"{path}, the versions of {name!r}, cannot be read: {str(error)[:500]}. Remove the file."
             ) from error
 
     def _write_versions(self, name: str, versions: list[Version], last: int) -> None:
         path = self._names_file(name)
-        path.parent.mkdir(exist_ok=True)
+        self._part("names")
         with self._temporary() as temporary:
             content = {"last": last, "versions": [asdict(version) for version in versions]}
             write_file(temporary / "names", json.dumps(content, indent=1).encode())
@@ -355,10 +400,23 @@ def _claim(directory: Path) -> int | None:
     return descriptor
 
 
+def _version(name: str, value: dict[str, Any]) -> Version:
+    version = Version(**value)
+    if type(version.version) is not int or version.name != name or not _DIGEST.fullmatch(version.digest):
+        raise ValueError(f"{value} is no version of it")
+    datetime.fromisoformat(version.created)
+    return version
+
+
+def is_name(name: str) -> bool:
+    """Whether a model can have that name."""
+    # Every slash takes three characters of a file's name, which has 255 at most.
+    return bool(_NAME.fullmatch(name)) and len(quote(name, safe="")) <= 240
+
+
 def check_name(name: str) -> None:
     """Refuse names that could not be told from versions, or typed."""
-    # Every slash takes three characters of a file's name, which has 255 at most.
-    if not _NAME.fullmatch(name) or len(quote(name, safe="")) > 240:
+    if not is_name(name):
         raise SettingsError(
             f"{name!r} cannot be a model's name: use letters, digits and . _ - / , beginning with a letter or digit, "
             "200 at most"

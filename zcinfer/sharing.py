@@ -149,7 +149,7 @@ def map_file(path: str | Path, offset: int, nbytes: int, owner: Any = None) -> B
     """
     if nbytes == 0:
         return np.empty(0, np.uint8)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would have us wait
     try:
         return _map(descriptor, offset, nbytes, owner)
     finally:

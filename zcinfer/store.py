@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 from .archive import Archive
 from .condition import Condition, of_files
 from .description import Bytes, Description
-from .errors import ArchiveError
+from .errors import ArchiveError, SettingsError
 from .registry import Registry
 
 # Models of which a file store remembers description and skeleton, some 100 kB each.
@@ -27,7 +27,10 @@ _READ = 64
 def registry_of(url: str) -> Path:
     """Directory of the registry in a store's URL."""
     kind, _, rest = url.partition(":")
-    return Path(rest if kind == "file" else parse_qs(rest.partition("?")[2])["registry"][0])
+    found = [rest] if kind == "file" else parse_qs(rest.partition("?")[2]).get("registry")
+    if not found:
+        raise SettingsError(f"{url!r} is no store's URL: it names no registry")
+    return Path(found[0])
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import numpy as np
 import zarr
 
 from . import telemetry
-from .archive import write_file
 from .config import local_directory
 from .errors import BlockError, OutputError
+from .files import write_file
 from .records import Outcome, Record, join_records, read_records, write_record
 from .rows import only
 from .sources import directory_of

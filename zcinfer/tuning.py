@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import config
-from .archive import write_file
+from .files import write_file
 from .memory import available, peak_private
 from .store import ModelRef, registry_of
 
