@@ -322,7 +322,7 @@ class Others:
     """Objects of others, put until one lies where an object was."""
 
     def __init__(self, found: Plasma):
-        self._place, self._nbytes = found._offset, found.nbytes
+        self._place, self._nbytes = found.start, found.nbytes
         self._held: list[Any] = []
 
     def take(self) -> bool:
@@ -330,7 +330,7 @@ class Others:
         if len(self._held) == 40:
             self._held.clear()
         self._held.append(ray.put(np.full(self._nbytes, 7, np.uint8)))
-        place = Plasma(ray.get(self._held[-1]))._offset
+        place = Plasma(ray.get(self._held[-1])).start
         return abs(place - self._place) < self._nbytes
 
 

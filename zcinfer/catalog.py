@@ -21,7 +21,7 @@ from .archive import Archive
 from .description import Description
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
 from .registry import Registry, Version
-from .store import FileStore, ModelRef, Store, registry_of
+from .store import Budget, FileStore, ModelRef, Store, disk_budget, registry_of
 from .stores import drop_store, keep_store, open_store
 
 if TYPE_CHECKING:
@@ -231,6 +231,26 @@ def models() -> pd.DataFrame:
         "digest",
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def budgets() -> list[Budget]:
+    """How full the registry's disk is, and the current store where that is not the same.
+
+    Returns
+    -------
+    list of Budget
+
+    Examples
+    --------
+    >>> import zcinfer as zc
+    >>> _ = zc.connect("file")
+    >>> budgets()[0].used <= budgets()[0].capacity
+    True
+    """
+    found, store = [disk_budget(registry())], current()
+    if store is not None and not isinstance(store, FileStore):
+        found.append(store.budget())
+    return found
 
 
 def delete(model: str | ModelRef) -> None:

@@ -91,15 +91,26 @@ def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bo
 
 
 @main.command()
+@click.option("--store", help="A running Ray, 'ray:HOST:PORT', to tell what it holds. Default: the registry alone.")
 @_JSON
-def ls(as_json: bool) -> None:
-    """List the published models."""
+def ls(store: str | None, as_json: bool) -> None:
+    """List the published models, and how full the registry's disk and a store are.
+
+    With --store a model is "in use" where a process of this machine has it mapped, and "held" where nobody has.
+    """
     from . import catalog
 
+    if store is not None:
+        catalog.connect(store)
     table = catalog.models()
+    budgets = catalog.budgets()
+    for budget in budgets[1:]:
+        held = {digest: "in use" if digest in budget.in_use else "held" for digest in budget.models}
+        table["memory"] = table["digest"].map(held).fillna("")
     if as_json:
         click.echo(table.to_json(orient="records"))
-    elif table.empty:
+        return
+    if table.empty:
         click.echo("No models yet. Publish one: zcinfer put MODULE:OBJECT --name NAME")
     else:
         table["shared"] = table["shared"].map(format_size)
@@ -110,6 +121,8 @@ def ls(as_json: bool) -> None:
         table["class"] = table["class"].str.rpartition(".")[2].mask(damaged, "damaged (zcinfer info says how)")
         table["created"] = table["created"].str[:16].str.replace("T", " ")
         click.echo(table.drop(columns=["nbytes", "tensors", "base", "why"]).to_string(index=False))
+    for budget in budgets:
+        click.echo(_printable(budget))
 
 
 @main.command()

@@ -24,6 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "registry": None,
     # Open models from a registry that other users can write to
     "trust-registry": False,
+    # Models that nobody uses leave a full store for others, those used longest ago first
+    "store-eviction": False,
     # Modules a process keeps built, over all models; the least recently used go first
     "residents": 32,
     # Processes that share this one's device and memory; a cluster of ours says how many it has
@@ -73,6 +75,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "registry": ("the path of a directory", lambda v: v is None or _is_text(v)),
     # A text would be true, whatever it says.
     "trust-registry": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
+    "store-eviction": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
     "residents": ("a whole number", _is_whole),
     "jobs": ("a whole number from 1", lambda v: _is_whole(v) and v > 0),
     "computing": ("a whole number from 1, or null", lambda v: v is None or (_is_whole(v) and v > 0)),

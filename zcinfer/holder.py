@@ -7,7 +7,7 @@ also what gives it Ray's put and get.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import gethostname
 from time import monotonic, sleep
 from typing import Any, NamedTuple, NoReturn
@@ -17,6 +17,7 @@ import numpy as np
 from .archive import MARGIN, Archive
 from .description import Bytes, Description
 from .errors import ModelNotFound, StoreFull
+from .occupancy import is_mapped, mapped_spans
 from .registry import Registry
 from .sharing import Plasma
 from .sizes import format_size
@@ -27,14 +28,20 @@ _OFFERED = 16
 # Seconds for which a reader keeps an object that it has just used, and so its memory.
 KEPT = 3.0
 
+# Seconds in which who has asked for a model has it mapped; and for a question of the holder's own.
+_MAPPED_WITHIN, _ANSWERED_WITHIN = 1.0, 0.5
+
 
 class _Held(NamedTuple):
-    """A model in the store: bytes of its own object, pickle of description and skeleton, objects, registry."""
+    """A model in the store: bytes of its own object, pickle of description and skeleton, objects, registry, last use
+    (by the clock of `time.monotonic`).
+    """
 
     nbytes: int
     head: bytes
     references: list[Any]
     registry: str
+    used: float
 
 
 class Holder:
@@ -44,50 +51,59 @@ class Holder:
     ----------
     capacity : int
         Bytes of the store.
-    put, get : callable
-        Ray's.
+    put, get, places : callable
+        Ray's; the last tells which machines have an object.
     """
 
-    def __init__(self, capacity: int, put: Callable[[Bytes], Any], get: Callable[[Any], Bytes]):
+    def __init__(
+        self,
+        capacity: int,
+        put: Callable[[Bytes], Any],
+        get: Callable[..., Bytes],
+        places: Callable[..., dict[Any, Any]],
+    ):
         self._capacity = capacity
         self._put = put
         self._get = get
-        self._objects: dict[str, _Held] = {}
+        self._places = places
+        self._objects: dict[str, _Held] = {}  # those used last come last
+        self._evicted = 0
         self._forgotten: list[tuple[float, int]] = []
         self._page = self._put(np.zeros(1 << 17, np.uint8))  # below 100 kB Ray would send the bytes themselves
         self._arena = Plasma(self._get(self._page)).file
 
     def greet(self) -> tuple[list[Any], dict[str, tuple[bytes, list[Any]]]]:
-        """A small object in shared memory, and what `fetch` gives for the models put last."""
+        """A small object in shared memory, and what `fetch` gives for the models used last."""
         # Objects in lists are passed on unread.
         last = list(self._objects.items())[-_OFFERED:]
         return [self._page], {digest: (held.head, held.references) for digest, held in last}
 
-    def fetch(self, digest: str, registry: str) -> tuple[bytes, list[Any]]:
+    def fetch(self, digest: str, registry: str, evict: bool = False) -> tuple[bytes, list[Any]]:
         """Pickle of description and skeleton, and the object (in a list, so that it is passed on unread).
 
-        A second object is that of the base in which some of the storages lie.
+        A second object is that of the base in which some of the storages lie. With ``evict`` models that nobody uses
+        may go to make room for it.
         """
         if digest not in self._objects:
             archive, base = _archive(digest, registry), Registry(registry).base(digest)
             description, weights = archive.description, archive.padded_weights()
             others: list[Any] = []
             if base is not None:
-                _, others = self.fetch(base.description.digest, registry)
+                _, others = self.fetch(base.description.digest, registry, evict)
                 if len(others) > 1:
                     others = []  # held as a variant itself, from before it became a base; this one is put whole
                 else:
                     description = description.over(base.description)
                     weights = _own_weights(archive, description)
-            self.make_room(digest, description.nbytes, registry)
+            self.make_room(digest, description.nbytes, registry, evict, keep=others)
             head = pickle.dumps((description, archive.skeleton()))
             reference = self._put(weights)
             if Plasma(self._get(reference)).file != self._arena:
                 # Plasma was fuller than we knew: a deleted model that somebody still maps, or objects of others.
                 del reference
-                self._refuse(description.nbytes, registry, "no room in one piece")
-            self._objects[digest] = _Held(description.nbytes, head, [reference, *others], registry)
-        held = self._objects[digest]
+                self._refuse(description.nbytes, registry, "no room in one piece", evict)
+            self._objects[digest] = _Held(description.nbytes, head, [reference, *others], registry, monotonic())
+        held = self._objects[digest] = self._objects.pop(digest)._replace(used=monotonic())
         return held.head, held.references
 
     def size(self, digest: str, registry: str) -> int:
@@ -111,18 +127,81 @@ class Holder:
         held = {digest: found.nbytes for digest, found in self._objects.items()}
         return self._capacity, sum(held.values()), held
 
-    def make_room(self, digest: str, nbytes: int, registry: str) -> None:
-        """Refuse a model that would not fit: Plasma itself would put it into a file on disk, and say nothing."""
+    def in_use(self) -> set[str]:
+        """Digests of the models that must not go.
+
+        They are mapped by readers of this machine, have copies on others (whose readers cannot be seen from here), or
+        are the base of one that is held.
+        """
+        places = self._places(
+            [held.references[0] for held in self._objects.values()], timeout_ms=int(1000 * _ANSWERED_WITHIN)
+        )
+        bases = {reference for held in self._objects.values() for reference in held.references[1:]}
+        spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        found = set()
+        for digest, held in self._objects.items():
+            nodes = places.get(held.references[0], {}).get("node_ids", ())
+            if held.references[0] in bases or len(nodes) > 1 or (nodes and self._is_mapped(held.references[0], spans)):
+                found.add(digest)
+        return found
+
+    def evicted(self) -> int:
+        """Number of models that have gone to make room for others."""
+        return self._evicted
+
+    def make_room(
+        self, digest: str, nbytes: int, registry: str, evict: bool = False, keep: Sequence[Any] = ()
+    ) -> list[str]:
+        """Refuse a model that would not fit: Plasma itself would put it into a file on disk, and say nothing.
+
+        With ``evict`` models that nobody uses go first, those used longest ago, if that is enough, but none with an
+        object to ``keep``. Returns their digests.
+        """
         if digest in self._objects:
-            return
+            return []
         self._forget_deleted()
         capacity, used, _ = self.usage()
+        gone = self._evict(used + nbytes + MARGIN - capacity, keep) if evict else []
+        used = self.usage()[1]
         if used + nbytes + MARGIN > capacity:
-            self._refuse(nbytes, registry, f"{format_size(used)} of the store's {format_size(capacity)} are taken")
+            why = f"{format_size(used)} of the store's {format_size(capacity)} are taken"
+            self._refuse(nbytes, registry, why, evict)
         # What was deleted a moment ago, readers may keep for a moment more.
         self._forgotten = [(since, size) for since, size in self._forgotten if monotonic() - since < KEPT + 0.5]
         if used + nbytes + MARGIN + sum(size for _, size in self._forgotten) > capacity:
             sleep(max(0.0, max(since for since, _ in self._forgotten) + KEPT + 0.5 - monotonic()))
+        return gone
+
+    def _evict(self, nbytes: int, keep: Sequence[Any]) -> list[str]:
+        if nbytes <= 0:
+            return []
+        sleep(max([0.0, *(held.used + _MAPPED_WITHIN - monotonic() for held in self._objects.values())]))
+        used = self.in_use()
+        gone: list[str] = []
+        for digest, held in self._objects.items():
+            if digest not in used and held.references[0] not in keep:
+                gone.append(digest)
+                nbytes -= held.nbytes
+                if nbytes <= 0:
+                    break
+        if nbytes > 0:
+            return []  # it would not help
+        for digest in gone:
+            self.forget(digest)
+        self._evicted += len(gone)
+        return gone
+
+    def _is_mapped(self, reference: Any, spans: dict[tuple[int, int], list[tuple[int, int]]]) -> bool:
+        try:
+            found = Plasma(self._get(reference, timeout=_ANSWERED_WITHIN))
+        except Exception:  # spilled or lost meanwhile: not in memory, and so in nobody's
+            return False
+        if found.file is None:
+            return True
+        if found.file not in spans:
+            spans[found.file] = mapped_spans(*found.file)
+        # The page in front belongs to it alone; what is mapped of an object before it ends there.
+        return is_mapped(found.start + MARGIN, spans[found.file])
 
     def _forget_deleted(self) -> None:
         # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
@@ -132,13 +211,17 @@ class Holder:
             if digest not in known[held.registry]:
                 self.forget(digest)
 
-    def _refuse(self, nbytes: int, registry: str, why: str) -> NoReturn:
+    def _refuse(self, nbytes: int, registry: str, why: str, evict: bool) -> NoReturn:
         names = {version.digest: str(version) for version in Registry(registry).versions()}
-        held = self.usage()[2]
-        listed = ", ".join(f"{names.get(digest, digest[:12])} ({format_size(size)})" for digest, size in held.items())
+        held, used = self.usage()[2], self.in_use()
+        listed = ", ".join(
+            f"{names.get(digest, digest[:12])} ({format_size(size)}{', in use' if digest in used else ''})"
+            for digest, size in held.items()
+        )
+        eviction = "" if evict else "have those go that nobody uses (DASK_ZCINFER__STORE_EVICTION=true), "
         raise StoreFull(
             f"a model of {format_size(nbytes)} does not fit: {why}{'; held are ' + listed if listed else ''}. "
-            "Delete what is not needed (zcinfer rm NAME), or give Ray more memory "
+            f"Delete what is not needed (zcinfer rm NAME), {eviction}or give Ray more memory "
             "(DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the store 'file'."
         )
 

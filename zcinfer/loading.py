@@ -135,16 +135,18 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
     private = fetched.description.private_nbytes
     loads.append(Load(str(ref), kind, fetched.protection, seconds, shared, private))
-    telemetry.count_load(str(ref), _kind(store, ref, shared, private), seconds, shared, private)
+    telemetry.count_load(str(ref), _kind(store, ref, fetched), seconds, shared, private)
     if read_only:
         _tell_read_only(ref)
     return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only)
 
 
-def _kind(store: Store, ref: ModelRef, shared: int, private: int) -> str:
-    if store.url.partition(":")[0] != ref.store.partition(":")[0]:
+def _kind(store: Store, ref: ModelRef, fetched: Fetched) -> str:
+    if fetched.is_on_disk or store.url.partition(":")[0] != ref.store.partition(":")[0]:
         return "from disk"
-    return "private" if 2 * private > shared else "zero-copy"
+    described = fetched.description
+    shared = described.nbytes + described.nbytes_in_base
+    return "private" if 2 * described.private_nbytes > shared else "zero-copy"
 
 
 # Stores whose models are known to be read-only here.

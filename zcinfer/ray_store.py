@@ -28,6 +28,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import ray
 import ray.experimental
+from ray._private.internal_api import node_stats
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
@@ -39,7 +40,8 @@ from .errors import StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
 from .registry import Registry
 from .sharing import Plasma, copy_mapped
-from .store import Fetched, registry_of
+from .sizes import format_size
+from .store import Budget, Fetched, registry_of
 from .stores import PATIENCE
 
 log = logging.getLogger("zcinfer")
@@ -90,6 +92,7 @@ class RayStore:
         self._retry_at = self._look_at = 0.0
         self._why = ""
         self._raylet: int | None = None
+        self._told_on_disk: set[str] = set()
         self._mapped: weakref.WeakValueDictionary[str, _Object] = weakref.WeakValueDictionary()
         self._kept: dict[str, tuple[float, _Object]] = {}
         self._keeping = threading.Lock()
@@ -177,22 +180,33 @@ class RayStore:
         except OSError as error:
             raise StoreUnavailable(f"the weights in Ray at {self.address} cannot be mapped: {error}.") from error
         seconds = {"fetch": fetched - begin, "map": perf_counter() - fetched}
-        return Fetched(description, skeleton, buffer, protection, seconds, base)
+        return Fetched(description, skeleton, buffer, protection, seconds, base, self._is_on_disk(digest, found))
 
     def make_room(self, digest: str, nbytes: int) -> None:
-        directory = str(self.registry.directory)
-        self._within(self._timeout, lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory)))
+        self._offers = {}  # who only publishes holds no models
+        directory, evict = str(self.registry.directory), bool(config.get("store-eviction"))
+        gone = self._within(
+            self._timeout, lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory, evict))
+        )
+        if gone:
+            names = {version.digest: str(version) for version in self.registry.versions()}
+            log.warning(
+                "to make room for a model of %s, %s left the shared memory of Ray at %s: nobody used them. They come "
+                "back from their archives when they are asked for.",
+                format_size(nbytes),
+                ", ".join(names.get(digest, digest[:12]) for digest in gone),
+                self.address,
+            )
 
     def publish(self, digest: str) -> None:
-        request = self._holder.fetch
-        directory = str(self.registry.directory)
-        self._within(self._patience(digest), lambda: ray.get(request.remote(digest, directory)))
+        self._within(self._patience(digest), lambda: self._ask(digest))
 
     def bring(self, digest: str) -> int:
         if digest in self._mapped:
             return 0
         found, nbytes = self._within(self._patience(digest), lambda: self._bring(digest))
         self._keep(digest, found)
+        self._is_on_disk(digest, found)
         return nbytes
 
     def forget(self, digest: str) -> None:
@@ -222,6 +236,41 @@ class RayStore:
             if error is None:
                 self._look_at = monotonic() + PATIENCE  # what hangs is left to hang
         return Condition(name, {}, f"{UNAVAILABLE}{self._why}", healthy=False)
+
+    def budget(self) -> Budget:
+        """Capacity and use of this machine's node of Ray, and the models that the holder has put."""
+        return self._within(self._timeout, self._budget)
+
+    def _budget(self) -> Budget:
+        _, _, models = ray.get(self._holder.usage.remote())
+        in_use, evicted = ray.get([self._holder.in_use.remote(), self._holder.evicted.remote()])
+        here = ray.get_runtime_context().get_node_id()
+        node = next(node for node in ray.nodes() if node["NodeID"] == here)
+        found = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
+        return Budget(
+            f"shared memory of Ray at {self.address}",
+            found.object_store_bytes_avail,
+            found.object_store_bytes_used - found.object_store_bytes_fallback,
+            models,
+            frozenset(in_use),
+            found.object_store_bytes_fallback,
+            found.spilled_bytes_total,
+            evicted,
+        )
+
+    def _is_on_disk(self, digest: str, found: _Object) -> bool:
+        """Whether Ray had no memory for a model, or for its base, here; told at the first time."""
+        on_disk = found.is_on_disk or (found.base is not None and found.base.is_on_disk)
+        if on_disk and digest not in self._told_on_disk:
+            self._told_on_disk.add(digest)
+            log.warning(
+                "%s of %s lie in a file on this machine's disk, since Ray's memory here is full (zcinfer ls --store). "
+                "Delete models that are not needed, let those go that nobody uses (zcinfer.store-eviction), or give "
+                "Ray more memory.",
+                format_size(found.nbytes),
+                found.head[0].class_name,
+            )
+        return on_disk
 
     def _watch(self, raylet: int | None) -> None:
         """Leave Ray the moment its raylet dies, since Ray may end a process that stays; let go of what is kept."""
@@ -307,7 +356,10 @@ class RayStore:
         return _Object(ray.get(references), _read(head)), nbytes
 
     def _ask(self, digest: str) -> tuple[bytes, list[Any]]:
-        answer: tuple[bytes, list[Any]] = ray.get(self._holder.fetch.remote(digest, str(self.registry.directory)))
+        evict = bool(config.get("store-eviction"))
+        answer: tuple[bytes, list[Any]] = ray.get(
+            self._holder.fetch.remote(digest, str(self.registry.directory), evict)
+        )
         return answer
 
     def _patience(self, digest: str) -> float:
@@ -557,7 +609,7 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
             # Where the archives are, of a cluster whose machines have no directory in common.
             resources={"node:__internal_head__": 0.001} if ours else {},
         )
-        .remote(capacity, ray.put, ray.get)
+        .remote(capacity, ray.put, ray.get, ray.experimental.get_object_locations)
     )
     # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
     # that the first load takes what later ones take.

@@ -204,6 +204,14 @@ class Registry:
         named = {version.digest for version in self.versions()}
         return named | {base for base in map(self._base_digest, named) if base}
 
+    def nbytes(self) -> dict[str, int]:
+        """Bytes on the disk of each archive, by digest."""
+        found: dict[str, int] = {}
+        for file in (self.directory / "archives").glob("*/*"):
+            with suppress(OSError):  # gone meanwhile
+                found[file.parent.name] = found.get(file.parent.name, 0) + file.lstat().st_size
+        return found
+
     def names(self) -> list[str]:
         """All names that have versions, sorted."""
         found = (self.directory / "names").glob("*.json")

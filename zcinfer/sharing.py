@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -253,14 +253,19 @@ class Plasma:
         Of the array.
     file : tuple of int or None
         Device and inode of the file that the array lies in.
+    start : int
+        Of the array in that file, in bytes.
+    is_on_disk : bool
+        That file is not in /dev/shm: Plasma makes others where its memory is full.
     """
 
     def __init__(self, array: Bytes):
         self._array = array
         self.nbytes = array.nbytes
         area = _area_of(array.ctypes.data)
-        self.file = area[2:] if area is not None else None
-        self._offset = area[1] + array.ctypes.data - area[0] if area is not None else 0  # of the array in the file
+        self.file = area.file if area is not None else None
+        self.start = area.offset + array.ctypes.data - area.start if area is not None else 0
+        self.is_on_disk = self.file is not None and self.file[0] != os.stat("/dev/shm").st_dev
         self._spare: _Spare = {}
 
     def __del__(self, unmap: Any = _LIBC.munmap) -> None:
@@ -311,20 +316,37 @@ class Plasma:
             return _read_only(self, self._array, offset, nbytes), "read-only"
         _, descriptor = source
         try:
-            return _map(descriptor, self._offset + offset, nbytes, self, self._spare), "copy-on-write"
+            return _map(descriptor, self.start + offset, nbytes, self, self._spare), "copy-on-write"
         finally:
             os.close(descriptor)
 
 
-def _area_of(address: int) -> tuple[int, int, int, int] | None:
-    """Start, file offset, device and inode of the mapping that ``address`` lies in."""
+class Area(NamedTuple):
+    """A line of /proc/PID/maps: addresses, rights ("rw-p"), place in the file, and the file's device and inode."""
+
+    start: int
+    end: int
+    rights: str
+    offset: int
+    file: tuple[int, int]
+
+
+def parse_mapping(line: str) -> Area:
+    """The area that a line of /proc/PID/maps tells of."""
+    span, rights, offset, device, inode = line.split(maxsplit=5)[:5]
+    start, end = span.split("-")
+    major, minor = device.split(":")
+    file = os.makedev(int(major, 16), int(minor, 16)), int(inode)
+    return Area(int(start, 16), int(end, 16), rights, int(offset, 16), file)
+
+
+def _area_of(address: int) -> Area | None:
+    """The mapping of this process that ``address`` lies in."""
     with open("/proc/self/maps") as maps:
         for line in maps:
-            span, _, offset, device, inode = line.split(maxsplit=5)[:5]
-            start, end = (int(part, 16) for part in span.split("-"))
-            if start <= address < end:
-                major, minor = (int(part, 16) for part in device.split(":"))
-                return start, int(offset, 16), os.makedev(major, minor), int(inode)
+            area = parse_mapping(line)
+            if area.start <= address < area.end:
+                return area
     return None
 
 

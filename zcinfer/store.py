@@ -7,6 +7,7 @@ in `ray_store`; both fulfil one contract test.
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from .condition import Condition, of_files
 from .description import Bytes, Description
 from .errors import ArchiveError, SettingsError
 from .registry import Registry
+from .sizes import format_size
 
 # Models of which a file store remembers description and skeleton, some 100 kB each.
 _READ = 64
@@ -81,6 +83,8 @@ class Fetched:
         The same of another model, where storages of this one lie in its buffer.
     protection : str
         "copy-on-write" or "read-only" (a write ends this process).
+    is_on_disk : bool
+        Ray's memory was full here, and it lies in a file.
     seconds : dict of str to float
         Seconds of each phase: "fetch" (get hold of it), "map".
     """
@@ -91,6 +95,56 @@ class Fetched:
     protection: str
     seconds: dict[str, float]
     base: Bytes | None = None
+    is_on_disk: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a store can hold on this machine, and what it holds; in bytes.
+
+    Attributes
+    ----------
+    place : str
+        What it is, for people.
+    capacity, used : int
+        ``used`` counts what others keep there, too.
+    models : dict of str to int
+        What it holds of each model, by digest; those used longest ago come first.
+    in_use : frozenset of str
+        Digests of those that do not go to make room for others.
+    on_disk : int
+        Of what memory had no room for, and lies in files now.
+    spilled : int
+        Written to a disk since the store was started.
+    evicted : int
+        Number of models that have gone to make room for others.
+    """
+
+    place: str
+    capacity: int
+    used: int
+    models: dict[str, int]
+    in_use: frozenset[str] = frozenset()
+    on_disk: int = 0
+    spilled: int = 0
+    evicted: int = 0
+
+    def __str__(self) -> str:
+        told = [f"{self.place}: {format_size(self.used)} of {format_size(self.capacity)} taken"]
+        told += [f"{len(self.models)} models in it"] if self.models else []
+        told += [f"{len(self.in_use)} in use"] if self.in_use else []
+        told += [f"{format_size(self.on_disk)} had no room and lie on disk"] if self.on_disk else []
+        told += [f"{format_size(self.spilled)} written to disk since its start"] if self.spilled else []
+        told += [f"{self.evicted} models gone to make room"] if self.evicted else []
+        return ", ".join(told)
+
+
+def disk_budget(registry: Registry) -> Budget:
+    """What the disk of a registry has room for, and what its archives take of that."""
+    models = registry.nbytes()
+    place = next(path for path in (registry.directory, *registry.directory.parents) if path.exists())
+    used, free = sum(models.values()), shutil.disk_usage(place).free
+    return Budget(f"disk of {registry.directory}", used + free, used, models)
 
 
 class Store(Protocol):
@@ -112,6 +166,9 @@ class Store(Protocol):
 
     def fetch(self, digest: str) -> Fetched:
         """Get a model; from the registry, through the cache."""
+
+    def budget(self) -> Budget:
+        """What it can hold, and holds."""
 
     def make_room(self, digest: str, nbytes: int) -> None:
         """Raise `StoreFull` if a model of that size, not yet here, would not fit."""
@@ -191,6 +248,9 @@ class FileStore:
         while len(self._read) > _READ:
             self._read.popitem(last=False)
         return opened
+
+    def budget(self) -> Budget:
+        return disk_budget(self.registry)
 
     def make_room(self, digest: str, nbytes: int) -> None:
         self.registry.make_room(digest, nbytes)

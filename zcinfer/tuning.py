@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import config
-from .files import write_file
+from .files import parse_json, read_whole, write_file
 from .memory import available, peak_private
 from .store import ModelRef, registry_of
 
@@ -67,7 +67,10 @@ class Place:
         except KeyError:
             pass
         try:
-            found = Size(**json.loads(self.path.read_bytes()))
+            found = Size(**parse_json(read_whole(self.path, 4096)))
+            if not (type(found.rows) is type(found.ceiling) is int and found.rows > 0 < found.ceiling):
+                raise ValueError("no numbers of rows")
+            float(found.row_bytes)
         except (OSError, ValueError, TypeError):
             return None
         return _known.setdefault(self.path, found)
