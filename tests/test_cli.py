@@ -181,8 +181,9 @@ def test_ls_for_people_and_programs(here: Path) -> None:
     zc.put(nn.Linear(500, 500).eval(), "first")
     zc.put(nn.Linear(4, 4).eval(), "second")
     lines = call("ls").output.splitlines()
-    assert [line.split()[0] for line in lines] == ["name", "first", "second"]
+    assert [line.split()[0] for line in lines[:-1]] == ["name", "first", "second", "disk"]
     assert "1.0 MB" in lines[1]
+    assert re.fullmatch(r"  1\.0 MB of [\d,.]+ .B taken, 2 models in it", lines[-1])
     assert all(len(line) <= 100 for line in lines)
     ref = zc.put(nn.Linear(3, 3).eval(), "third")
     (here / "registry" / "archives" / ref.digest / "description.json").write_text("{")

@@ -130,13 +130,13 @@ class Budget:
     evicted: int = 0
 
     def __str__(self) -> str:
-        told = [f"{self.place}: {format_size(self.used)} of {format_size(self.capacity)} taken"]
+        told = [f"{format_size(self.used)} of {format_size(self.capacity)} taken"]
         told += [f"{len(self.models)} models in it"] if self.models else []
         told += [f"{len(self.in_use)} in use"] if self.in_use else []
         told += [f"{format_size(self.on_disk)} had no room and lie on disk"] if self.on_disk else []
         told += [f"{format_size(self.spilled)} written to disk since its start"] if self.spilled else []
         told += [f"{self.evicted} models gone to make room"] if self.evicted else []
-        return ", ".join(told)
+        return f"{self.place}:\n  {', '.join(told)}"
 
 
 def disk_budget(registry: Registry) -> Budget:
