@@ -616,6 +616,11 @@ def test_an_impossible_setting_is_named(key: str, value: Any) -> None:
         config.get(key), config.registry_directory()
 
 
+def test_every_setting_is_looked_at() -> None:
+    ray = {f"ray.{key}" for key in config.DEFAULTS["ray"]}
+    assert config._KINDS.keys() == config.DEFAULTS.keys() - {"ray"} | ray
+
+
 @pytest.mark.parametrize("value", [None, 7, "ray", {"ray": None}])
 def test_settings_that_are_no_table_are_told(value: Any) -> None:
     with dask.config.set({"zcinfer": value}), pytest.raises(SettingsError, match="must be a table"):

@@ -70,7 +70,7 @@ def _is_seconds(value: Any) -> bool:
 
 
 # What each setting may be, in words, and whether a value is that.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_KINDS: dict[str, tuple[str, Callable[[Any], bool] | None]] = {
     "store": ("text, as 'ray' or 'file'", _is_text),
     "registry": ("the path of a directory", lambda v: v is None or _is_text(v)),
     # A text would be true, whatever it says.
@@ -108,8 +108,8 @@ def get(key: str) -> Any:
         raise SettingsError(
             f"the setting zcinfer.{key} cannot be found: zcinfer must be a table of settings"
         ) from error
-    what, fits = _KINDS[key]
-    if not fits(value):
+    what, fits = _KINDS.get(key, ("", None))
+    if fits is not None and not fits(value):
         raise SettingsError(f"the setting zcinfer.{key} is {str(value)[:80]!r}: it must be {what}")
     return value
 
