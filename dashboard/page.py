@@ -6,6 +6,7 @@ All HTML is in one column of one source; the browser puts in its place what has 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bokeh.document import Document
@@ -53,7 +54,7 @@ class Page:
         self.source = ColumnDataSource({"name": self._names, "html": list(map(str, self._shown.values()))})
         self._throughput = Throughput(history)
         document.template = template("page")
-        document.template_variables.update(sections=shown, recorded=False, at=history.now)
+        document.template_variables.update(sections=shown, recorded=False, at=history.now, notes=())
         document.title = title(history)
         # A document follows the models that its roots refer to, and this one is shown nowhere
         self._throughput.figure.tags = [self.source]
@@ -92,8 +93,15 @@ class Page:
             self.source.patch({"html": changes})
 
 
-def report(history: History) -> str:
-    """The page as it is now, as one HTML file that asks no network for anything, now or years later."""
+def report(history: History, notes: Sequence[str] = ()) -> str:
+    """The page as it is now, as one HTML file that asks no network for anything, now or years later.
+
+    Parameters
+    ----------
+    history : History
+    notes : sequence of str
+        Sentences that a reader must know.
+    """
     shown = parts(history)
     document = Document()
     throughput = Throughput(history)
@@ -101,7 +109,7 @@ def report(history: History) -> str:
     document.js_on_event(
         DocumentReady, CustomJS(args={"source": throughput.source, "figure": throughput.figure}, code=_START)
     )
-    variables: dict[str, Any] = {"sections": shown, "recorded": True, "at": history.now or 0.0}
+    variables: dict[str, Any] = {"sections": shown, "recorded": True, "at": history.now or 0.0, "notes": notes}
     assert set(shown) == set(PARTS)
     html = str(
         file_html(

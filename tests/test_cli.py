@@ -270,6 +270,17 @@ def test_run_passes_its_options_on(here: Path, scheduler: str) -> None:
     assert np.array_equal(zarr.load("out.zarr"), rows() / 2)
 
 
+def test_run_writes_a_report(here: Path, scheduler: str) -> None:
+    zc.put(nn.Linear(4, 3).eval(), "model")
+    save(here / "in.zarr", rows())
+    result = call("run", "model", "in.zarr", "out.zarr", "--scheduler", scheduler, "--report", "run.html", "--json")
+    assert result.stderr.endswith(f"report {here / 'run.html'}\n")
+    done, first = json.loads(result.stdout), json.loads(Path("run.jsonl").read_text().splitlines()[0])
+    ((total, sums),) = [(job["total"], job["sums"]) for job in first["jobs"]]
+    assert (done["blocks"], done["rows"]) == (total, sums["rows"]) == (5, 23)
+    assert "Finished model@1 into out.zarr" in Path("run.html").read_text()
+
+
 @pytest.mark.slow
 def test_run_on_a_cluster_of_another_program(here: Path) -> None:
     command = [sys.executable, "-m", "zcinfer", "cluster", "--workers", "1", "--port", "0", "--store", "file"]
@@ -335,6 +346,8 @@ WRONG_JOB = {
     "batch word": (["model", "in.zarr", "out.zarr", "--batch-size", "big"], "batch_size is 'big'"),
     "device": (["model", "in.zarr", "out.zarr", "--device", "warp"], "device is 'warp'"),
     "store": (["model", "in.zarr", "out.zarr", "--store", "disk"], "no store 'disk'"),
+    "report": (["model", "in.zarr", "out.zarr", "--report", "nowhere/run.html"], "cannot be written to .*nowhere"),
+    "report's name": (["model", "in.zarr", "out.zarr", "--report", "run"], "a report is an HTML file"),
 }
 
 

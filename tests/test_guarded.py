@@ -26,10 +26,10 @@ import zcinfer as zc
 from zcinfer.cli import main
 from zcinfer.errors import BlockError, OutputError, SettingsError
 from zcinfer.guarded import Guard, Guarded
+from zcinfer.jobreport import Report
 from zcinfer.jobs import Job
 from zcinfer.predictor import Predictor
 from zcinfer.records import Failure, Nonfinite, Outcome
-from zcinfer.report import Report
 from zcinfer.rows import rows_of
 
 pytestmark = pytest.mark.usefixtures("registry")

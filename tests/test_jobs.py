@@ -27,8 +27,8 @@ from torch import nn
 
 import zcinfer as zc
 from zcinfer.errors import BlockError, InputError, ModelNotFound, OutputError, SettingsError
+from zcinfer.jobreport import Report
 from zcinfer.jobs import Job
-from zcinfer.report import Report
 from zcinfer.target import write_block
 from zcinfer.writing import write
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -57,8 +59,8 @@ class Held(nn.Module):
         return self.layer(x)
 
 
-def snapshot(client: Client, since: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = client.sync(client.scheduler.zcinfer_snapshot, since=since)
+def snapshot(client: Client, since: int = 0, whole: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = client.sync(client.scheduler.zcinfer_snapshot, since=since, whole=whole)
     return found
 
 
@@ -117,8 +119,10 @@ def test_sums_are_what_workers_counted(client: Client, model: str) -> None:
     job = last(client)
     assert (job["sums"]["rows"], job["sums"]["batches"], job["sums"]["bytes_in"]) == (80, 40, 80 * 16)
     assert 0 < job["sums"]["computing"] < 10
-    found = snapshot(client)
+    found = snapshot(client, whole=True)
     assert sum(device["totals"]["rows"] for device in found["devices"]) == sum(found["columns"]["rows"])
+    assert sum(found["columns"]["rows"]) == sum(sum(history["rows"]) for history in found["history"].values())
+    found = snapshot(client)
     assert len(found["devices"]) == 2
     assert all(device["private"] > 1e6 for device in found["devices"])
     later = found["seconds"][-2]
@@ -220,7 +224,7 @@ def test_nonsense_from_a_worker_does_not_reach_the_scheduler(client: Client, mod
         dask_setup(dask_worker)
 
     client.run(break_it)
-    wait_until(lambda: client.run_on_scheduler(failed) == ["sample"], 10)
+    wait_until(lambda: client.run_on_scheduler(failed) == ["collect"], 10)
     zc.predict(model, ones()).compute()
     assert counts(last(client))[:2] == (10, 10)
     client.run(mend)
@@ -301,9 +305,14 @@ def test_errors_of_one_message_are_one() -> None:
     assert other.plain()["errors"][0]["message"] == "division: by zero"
 
 
+_clock = itertools.count(1.0)
+
+
 def counted(epoch: str, rows: int) -> dict[str, Any]:
     work = dict.fromkeys(COLUMNS, 0) | {"rows": rows, "job": "j", "model": "m@1", "seconds": [0.0] * len(PHASES)}
-    return {"epoch": epoch, "work": [work], "loads": [], "failures": [], "private": 1, "shared": 2}
+    return {
+        "epoch": epoch, "time": next(_clock), "work": [work], "loads": [], "failures": [], "private": 1, "shared": 2
+    }  # fmt: skip
 
 
 def test_counters_of_a_worker_that_was_started_anew_begin_anew() -> None:
@@ -313,6 +322,40 @@ def test_counters_of_a_worker_that_was_started_anew_begin_anew() -> None:
         added += [more[0] for _, more in device.take(counted(epoch, rows), 0.0)]
     assert added == [5, 4, 2, 1]
     assert device.plain()["totals"]["rows"] == 12
+
+
+def work(job: str, blocks: int) -> dict[str, Any]:
+    told = counted("a", 10 * blocks)
+    told["work"][0] |= {"job": job, "blocks": blocks, "computing": 0.0}
+    told["work"][0]["seconds"] = [0.5 * blocks] * len(PHASES)
+    return told
+
+
+def test_an_array_that_is_computed_twice_is_two_jobs_with_rows_of_their_own() -> None:
+    observer = Observer()
+    observer.scheduler = SimpleNamespace(workers={"a": SimpleNamespace(name=0, host="h", nthreads=1, metrics={})})
+    metrics, processing = observer.scheduler.workers["a"].metrics, []
+    observer.scheduler.workers["a"].processing = processing
+
+    def rows() -> list[float]:
+        return [job["sums"]["rows"] for job in observer.told()["jobs"]]
+
+    metrics[METRIC] = work("other", 7)
+    first, second, third = (JobState(0, Job("j", "n"), ["m@1"], dict.fromkeys(range(10), 1), 0, 0.0) for _ in range(3))
+    observer.keep(first)
+    for key in range(10):
+        first.moved(key, "memory", 1.0)
+    observer.keep(second)
+    metrics[METRIC] = work("j", 4)
+    assert rows() == [40, 0]
+    metrics[METRIC] = work("j", 13)  # what comes late belongs to both
+    assert rows() == [100, 30]
+    metrics[METRIC] = work("j", 14)
+    assert rows() == [100, 40]
+    observer.keep(third)  # waits for the same blocks as the second
+    metrics[METRIC] = work("j", 20)
+    assert rows() == [100, 100, 60]
+    assert sum(observer.sums[1]) == pytest.approx(100 + 10 + 0.5 * 10 * len(PHASES))
 
 
 def test_a_ring_forgets_after_an_hour() -> None:
@@ -345,7 +388,7 @@ def test_a_thousand_workers_cost_little() -> None:
         observer.sample()
         seconds += time.process_time() - begin
     assert observer.failed == set()
-    assert observer.sums["j"][0] == 1000 * rounds * 10
+    assert observer.others["j"][0] == 1000 * rounds * 10
     print(f"{seconds / rounds:.1%} of the scheduler's time")
     assert seconds / rounds < 0.05
 

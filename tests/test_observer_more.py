@@ -14,7 +14,7 @@ from processes import wait_until
 from torch import nn
 
 import zcinfer as zc
-from zcinfer.jobstate import Found
+from zcinfer.jobstate import JobState
 from zcinfer.observer import ENDED, Observer
 from zcinfer.telemetry import PHASES, REMEMBERED, Job
 
@@ -89,15 +89,17 @@ def test_what_is_known_does_not_grow_with_jobs_and_models() -> None:
     for number in range(5 * REMEMBERED):
         work = {"job": f"job{number}", "model": f"m@{number}", "seconds": [0.0] * len(PHASES)} | zeros | {"rows": 1}
         worker.metrics["zcinfer"] = {
-            "epoch": "a", "private": 0, "shared": 0, "failures": [], "work": [work], "loads": [{"model": f"m@{number}"}]
+            "epoch": "a", "time": number + 1.0, "private": 0, "shared": 0, "failures": [], "work": [work],
+            "loads": [{"model": f"m@{number}"}],
         }  # fmt: skip
         observer.sample()
-        found = Found(Job(f"job{number}", "a job"))
-        observer._add(found, {})
-        observer.jobs[max(observer.jobs)].ended = 1.0
+        state = JobState(0, Job(f"job{number}", "a job"), [], {}, 0, 0.0)
+        state.ended = 1.0
+        observer.keep(state)
     (device,) = observer.devices.values()
     assert device.totals[0] == 5 * REMEMBERED
     assert list(device._last) == [(f"job{n}", f"m@{n}") for n in range(4 * REMEMBERED, 5 * REMEMBERED)]
     assert len(observer.models) == 2 * REMEMBERED
     assert len(observer.sums) <= ENDED + 2
+    assert len(observer.others) <= REMEMBERED
     assert len(observer.jobs) <= ENDED + 2

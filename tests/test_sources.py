@@ -27,8 +27,8 @@ from zarr.storage import FsspecStore, MemoryStore
 
 import zcinfer as zc
 from zcinfer.errors import InputError, OutputError
+from zcinfer.jobreport import Report
 from zcinfer.readers import Hdf5Reader, NpyReader, Reader, ZarrReader
-from zcinfer.report import Report
 from zcinfer.sources import directory_of, open_source
 from zcinfer.stamps import remote_stamp
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .prefetching import prefetch
     from .publishing import load, put, save
     from .records import failures
+    from .reporting import report
     from .store import ModelRef
     from .windowing import windows
 
@@ -35,6 +36,7 @@ _HOME = {
     "predict_by": "arrays",
     "prefetch": "prefetching",
     "put": "publishing",
+    "report": "reporting",
     "run": "jobs",
     "save": "publishing",
     "windows": "windowing",
@@ -57,6 +59,7 @@ __all__ = [
     "predict_by",
     "prefetch",
     "put",
+    "report",
     "run",
     "save",
     "windows",

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger("zcinfer")
+
+# Called before a model is made ready for readers, which they may refuse.
+guards: list[Callable[[], object]] = []
 
 _current: Store | None = None
 _lock = threading.RLock()
@@ -156,6 +160,8 @@ def ready(model: str | ModelRef) -> ModelRef:
     if _in_dask_worker():
         # A worker takes what its task's ref says; it never chooses a store, or starts one, for itself.
         return resolve(model)
+    for check in guards:
+        check()
     store = connect()
     ref = replace(resolve(model), store=store.url)
     store.publish(ref.digest)

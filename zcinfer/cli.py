@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -206,6 +207,8 @@ def rm(models: tuple[str, ...]) -> None:
 @click.option("--max-errors", type=click.IntRange(1), default=100, show_default=True,
               help="Failures that the whole job may have.")  # fmt: skip
 @click.option("--check-finite", is_flag=True, help="Count NaN and infinite values of inputs and outputs.")
+@click.option("--report", type=click.Path(), metavar="FILE.html",
+              help="Write the dashboard's page of this run, as one file, and its samples as FILE.jsonl.")  # fmt: skip
 @click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
               help="What to do with a model in train mode.")  # fmt: skip
 @click.option("--device", help="Default: cuda where there is one, else cpu.")
@@ -225,6 +228,7 @@ def run(
     chunk_rows: int | None,
     on_error: str,
     max_errors: int,
+    report: str | None,
     check_finite: bool,
     training: str,
     device: str | None,
@@ -249,8 +253,13 @@ def run(
         raise SettingsError("--workers is for workers started here; those of --scheduler are what they are")
     if len(source) != (0 if named else 1):
         raise SettingsError("give SOURCE and TARGET; or TARGET alone, and one --input NAME=URL or more")
+    from .reporting import check_path
+    from .reporting import report as reported
+
     rows: int | str = int(batch_size) if batch_size.isdigit() else batch_size
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
+    if report is not None:
+        check_path(report)
 
     from . import catalog, config
     from .guarded import Guard
@@ -283,16 +292,22 @@ def run(
     with _cluster(workers, scheduler):
         catalog.connect(store)
         click.get_current_context().meta["kept"] = "; what is finished is kept, the same command goes on from there"
-        report = job.run()
+        page = None
+        try:
+            with reported(report) if report is not None else nullcontext() as page:
+                done = job.run()
+        finally:
+            if page is not None:
+                click.echo(f"report {page}", err=True)
     if as_json:
-        click.echo(json.dumps(asdict(report)))
+        click.echo(json.dumps(asdict(done)))
     else:
-        was = report.blocks - report.computed
+        was = done.blocks - done.computed
         click.echo(
-            f"{report.target}: {report.rows:,} rows in {report.blocks:,} blocks, {report.computed:,} computed now"
+            f"{done.target}: {done.rows:,} rows in {done.blocks:,} blocks, {done.computed:,} computed now"
             + (f", {was:,} by an earlier run" if was else "")
         )
-        for said in report.findings():
+        for said in done.findings():
             click.secho(said, fg="yellow")
 
 

@@ -14,9 +14,9 @@ from .telemetry import PHASES, REMEMBERED
 
 # Seconds that are remembered; and for which a device is said to work for a job after its last block.
 HOUR, LATELY = 3600, 60.0
-_SUMS = ("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved")
+SUMS = ("rows", "blocks", "batches", "bytes_in", "bytes_out", "errors", "halved")
 # Columns of a second: of the cluster, and of each device.
-COLUMNS = (*_SUMS, *PHASES)
+COLUMNS = (*SUMS, *PHASES)
 _COMPUTING = PHASES.index("computing")
 DEVICE_COLUMNS = ("rows", "computing", "busy", "private")
 # Of those that have cards: percent of the time that these are used, and bytes in use; None where that is not known.
@@ -48,7 +48,7 @@ class Device:
     def __init__(self, address: str, name: str, host: str):
         self.address, self.name, self.host = address, name, host
         self.totals = np.zeros(len(COLUMNS))
-        self.second = np.zeros(len(COLUMNS))  # of the last second
+        self.second = np.zeros(len(COLUMNS))  # since the last second was put into the ring
         self.jobs: dict[str, float] = {}
         self.models: list[str] = []
         self.private = self.shared = 0
@@ -59,19 +59,22 @@ class Device:
         self.gpus: Any = None
         self.stores: Any = ()
         self.gpu_ring: Ring | None = None
-        self._epoch = ""
+        self._epoch, self._told = "", 0.0
         self._last: dict[tuple[str, str], Any] = {}
 
     def take(self, counted: dict[str, Any], now: float) -> list[tuple[str, np.ndarray]]:
         """Take up counters; what each job has more than before, by its key."""
         if counted["epoch"] != self._epoch:
-            self._epoch, self._last = counted["epoch"], {}
+            self._epoch, self._last, self._told = counted["epoch"], {}, 0.0
+        elif counted["time"] <= self._told:
+            return []  # the same as before; or another heartbeat has overtaken it
+        self._told = counted["time"]
         self.private, self.shared, self.seen = counted["private"], counted["shared"], now
         self.gpus, self.stores = counted.get("gpus"), counted.get("stores", ())
         more = []
         for work in counted["work"]:
             key = (work["job"], work["model"])
-            found = np.array([*(work[name] for name in _SUMS), *work["seconds"]])
+            found = np.array([*(work[name] for name in SUMS), *work["seconds"]])
             added = found - self._last.pop(key, 0)
             self._last[key] = found
             if added.any():
@@ -84,20 +87,29 @@ class Device:
         for old in list(self._last)[:-REMEMBERED]:
             del self._last[old]
         self.jobs = {job: at for job, at in self.jobs.items() if now - at < LATELY}
-        self.second = np.sum([added for _, added in more], axis=0) if more else np.zeros(len(COLUMNS))
-        self.totals += self.second
+        for _, added in more:
+            self.second += added
+            self.totals += added
         return more
 
     def put(self, second: int) -> None:
-        """Keep the figures of the last second."""
-        seconds = self.second[len(_SUMS) :]
-        self.ring.put(second, (self.second[0], seconds[_COMPUTING], seconds.sum(), self.private))
-        if self.gpus:
-            self.gpu_ring = self.gpu_ring or Ring(len(GPU_COLUMNS))
-            self.gpu_ring.put(second, _gpu_figures(self.gpus))
+        """Keep the figures since the last second, and begin another."""
+        if self.gone is None or self.second.any():
+            self.ring.put(second, self._row())
+            if self.gpus:
+                self.gpu_ring = self.gpu_ring or Ring(len(GPU_COLUMNS))
+                self.gpu_ring.put(second, _gpu_figures(self.gpus))
+        self.second = np.zeros(len(COLUMNS))
 
-    def history(self, since: int) -> dict[str, Any]:
-        """Figures of the seconds after that one, by name; those of cards where there are any."""
+    def _row(self) -> tuple[float, ...]:
+        seconds = self.second[len(SUMS) :]
+        return float(self.second[0]), float(seconds[_COMPUTING]), float(seconds.sum()), self.private
+
+    def history(self, since: int, pending: int | None = None) -> dict[str, Any]:
+        """Figures of the seconds after that one, by name; those of cards where there are any.
+
+        ``pending``: with what came after the last of them, as of that second.
+        """
         seconds, columns = self.ring.since(since)
         told: dict[str, Any] = {"seconds": seconds, **dict(zip(DEVICE_COLUMNS, columns, strict=True))}
         if self.gpu_ring is not None:
@@ -105,6 +117,9 @@ class Device:
             for name, values in zip(GPU_COLUMNS, found, strict=True):
                 of_second = {second: value for second, value in zip(known, values, strict=True) if value == value}
                 told[name] = [of_second.get(second) for second in seconds]
+        if pending is not None:
+            row = dict(zip(DEVICE_COLUMNS, self._row(), strict=True))
+            told = {name: [*values, pending if name == "seconds" else row.get(name)] for name, values in told.items()}
         return told
 
     def plain(self) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from .arrays import predict
 from .catalog import ready
 from .errors import InputError, SettingsError
 from .guarded import PLAIN, Guard, Guarded
+from .jobreport import Report
 from .outputs import Output
 from .predictor import Predictor
-from .report import Report
 from .rows import first_rows, rows_of
 from .sources import Source, open_source
 from .store import ModelRef

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class JobState:
         self.number, self.job, self.models, self.before = number, job, models, before
         self.begun = now
         self.submission = 0  # of the graph; one may hold several jobs
+        self.client = ""  # who has submitted it
         self.ended: float | None = None
         self.last: float | None = None
         self.total = sum(blocks.values())
@@ -140,6 +141,7 @@ class JobState:
         return {
             "number": self.number,
             "submission": self.submission,
+            "client": self.client,
             "job": self.job.key,
             "name": self.job.name,
             "models": self.models,
@@ -204,35 +206,46 @@ def jobs_in(tasks: Iterable[tuple[Any, Any]]) -> list[Found]:
     return list(found.values())
 
 
-def _inside(node: Any, seen: dict[int, list[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
-    """What a task holds of ours: ("job", (job, models)) for each block, and ("before", number) of a job that writes."""
+def _inside(node: Any, seen: dict[int, list[tuple[str, Any]]]) -> list[tuple[str, Any]]:
+    """What a task holds of ours: ("job", (job, models)) for each block, and ("before", number) of a job that writes.
+
+    ``seen`` is of dictionaries and functions, by their ids, which live as long as the graph.
+    """
     if isinstance(node, dict):
-        if id(node) not in seen:
-            seen[id(node)] = [what for value in node.values() for what in _inside(value, seen)]
-        yield from seen[id(node)]
-        return
-    ours = _ours(getattr(node, "func", None)) or _ours(getattr(node, "value", None))
-    if ours is not None:
-        yield ours
+        known = seen.get(id(node))
+        if known is None:
+            known = seen[id(node)] = [what for value in node.values() for what in _inside(value, seen)]
+        return known
+    function = getattr(node, "func", None)
+    if function is None:
+        function = getattr(node, "value", None)
+    held = seen.get(id(function)) if function is not None else _NONE
+    if held is None:
+        held = seen[id(function)] = _ours(function)
     for part in getattr(node, "args", ()):
         if isinstance(part, dict) or hasattr(part, "dependencies"):
-            yield from _inside(part, seen)
+            more = _inside(part, seen)
+            held = [*held, *more] if more else held
+    return held
 
 
-def _ours(function: Any) -> tuple[str, Any] | None:
+_NONE: list[tuple[str, Any]] = []
+
+
+def _ours(function: Any) -> list[tuple[str, Any]]:
     from .predictor import Predictor
 
     if isinstance(function, Predictor):
-        return "job", _job_of([function])
+        return [("job", _job_of([function]))]
     if isinstance(function, partial):
         name = getattr(function.func, "__qualname__", "")
         if name == "write_block" and function.func.__module__ == f"{__package__}.target":
-            return "before", function.keywords.get("before", 0)
+            return [("before", function.keywords.get("before", 0))]
         if name == "_run_block" and function.func.__module__ == f"{__package__}.arrays":
             model = function.args[0]
             several = getattr(model, "predictors", [model])
-            return "job", _job_of(list(several.values() if isinstance(several, dict) else several))
-    return None
+            return [("job", _job_of(list(several.values() if isinstance(several, dict) else several)))]
+    return _NONE
 
 
 def _job_of(predictors: list[Any]) -> tuple[Job, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 import dask.array as da
 
 from .errors import BlockError, ZcinferError
+
+# Called with an array before its blocks are computed here, each as a graph of its own; and with None when that is over.
+followers: list[Callable[[da.Array | None], object]] = []
 
 
 def compute_each(written: da.Array, numbers: Sequence[int]) -> Iterator[int]:
@@ -57,14 +60,20 @@ def _error_of(future: Any) -> BaseException | None:
 
 
 def _outcomes_here(written: da.Array) -> _Outcomes:
-    # One block after the other; torch uses all cores for each.
-    for place in range(written.numblocks[0]):
-        try:
-            written.blocks[place].compute(scheduler="sync")
-        except Exception as error:
-            yield place, error
-        else:
-            yield place, None
+    for follow in followers:
+        follow(written)
+    try:
+        # One block after the other; torch uses all cores for each.
+        for place in range(written.numblocks[0]):
+            try:
+                written.blocks[place].compute(scheduler="sync")
+            except Exception as error:
+                yield place, error
+            else:
+                yield place, None
+    finally:
+        for follow in followers:
+            follow(None)
 
 
 def _client() -> Any:

@@ -13,7 +13,7 @@ import time
 import traceback
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -187,6 +187,10 @@ _spans: deque[Span] | None = None
 _epoch = f"{os.getpid()}-{time.time_ns()}"
 
 
+# Called after each block that was counted, in its thread: its job and model, its seconds, and how it failed.
+followers: list[Callable[[Job, str, float, Exception | None], object]] = []
+
+
 class _Here(threading.local):
     clock: Clock | None = None
     work: Work | None = None
@@ -231,11 +235,12 @@ def block(job: Job, model: str, where: str, rows: int, bytes_in: int, bytes_out:
     if _spans is not None and waited:
         _spans.append(Span(threading.get_ident(), job.key, where, "reading", clock._last - waited, clock._last))
     _here.clock = clock
-    failed = True
+    failed, failure = True, None
     try:
         yield clock
         failed = False
     except Exception as error:
+        failure = error
         text = "".join(traceback.format_exception(error))[-_CHARACTERS:]
         with _lock:
             _failures.append({"job": job.key, "message": str(error), "traceback": text, "time": time.time()})
@@ -256,6 +261,8 @@ def block(job: Job, model: str, where: str, rows: int, bytes_in: int, bytes_out:
                 work.bytes_in += bytes_in
                 work.bytes_out += bytes_out
                 work.histogram[bisect_left(BOUNDS, sum(clock.seconds))] += 1
+        for follow in followers:
+            follow(job, model, sum(clock.seconds), failure)
 
 
 @contextmanager
@@ -314,12 +321,14 @@ def snapshot(since: float = 0.0) -> dict[str, Any]:
         Leave out jobs of which nothing was counted after that time (``time.time()``), and failures before it.
     """
     with _lock:
+        now = time.time()
         work = [work.plain() for work in _works.values() if work.touched >= since]
         loads = [loads.plain() for loads in _loads.values()]
         failures = [failure for failure in _failures if failure["time"] >= since]
     memory = process_memory()
     return {
         "epoch": _epoch,
+        "time": now,
         "work": work,
         "loads": loads,
         "failures": failures,

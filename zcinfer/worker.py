@@ -15,10 +15,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from importlib import import_module
 from typing import Any
 
-from distributed import NannyPlugin, Status
+from distributed import NannyPlugin, Status, WorkerPlugin
 from distributed.worker_memory import NannyMemoryManager
 
 from . import prometheus, sampling, stores, telemetry
@@ -61,6 +62,35 @@ class PrivateMemoryLimit(NannyPlugin):  # type: ignore[misc]
             nanny.periodic_callbacks["memory_monitor"].start()
 
 
+class Counting(WorkerPlugin):  # type: ignore[misc]
+    """Worker plugin that has counters ride on heartbeats, also where workers were started without this preload."""
+
+    name = "zcinfer-counting"
+    idempotent = True
+
+    def setup(self, worker: Any) -> None:
+        """Begin with the next heartbeat."""
+        tell_counters(worker)
+
+
+# The worker of this process that tells its counters: where several share a process, one is enough.
+_telling: weakref.ref[Any] | None = None
+
+
+def tell_counters(worker: Any) -> None:
+    """Have the counters of this process ride on the heartbeats of ``worker``, unless another one's have them."""
+    global _telling
+    before = _telling() if _telling is not None else None
+    if before is None or before.status is Status.closed:
+        _telling = weakref.ref(worker)
+        worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD) | sampling.latest()
+
+
+async def send_heartbeat(dask_worker: Any) -> None:
+    """Have the scheduler know what this worker has counted so far."""
+    await dask_worker.heartbeat()
+
+
 def dask_setup(worker: Any) -> None:
     """Make the memory limits of ``worker`` and of its nanny, if it has one, count private memory.
 
@@ -77,7 +107,7 @@ def dask_setup(worker: Any) -> None:
             logger.info("not bound to the CPUs near its GPU: %s", reason)
     # A second and more, which the first block need not wait for. No daemon: to end in the midst of it is to crash.
     threading.Thread(target=import_module, args=("torch",), name="zcinfer-import").start()
-    worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD) | sampling.latest()
+    tell_counters(worker)
     sampling.start(worker.scheduler.address)
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.

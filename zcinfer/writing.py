@@ -17,10 +17,10 @@ from dask.layers import ArrayValuesDep
 
 from .errors import BlockError, OutputError
 from .guarded import PLAIN, Guard
+from .jobreport import Report
 from .outcomes import compute_each
 from .progress import Progress
 from .records import Record, in_short, read_record
-from .report import Report
 from .target import Target, token_of, write_block
 
 FORMAT = 1
