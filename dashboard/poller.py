@@ -1,4 +1,4 @@
-"""Asks a scheduler each second for what is new, however many pages are open. Reads, and changes nothing.
+"""Asks a scheduler again and again for what is new, however many pages are open. Reads, and changes nothing.
 
 Not for what the figures mean (`history`), nor for who is shown them (`server`).
 """
@@ -9,6 +9,7 @@ import asyncio
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,12 +26,13 @@ __all__ = ["Poller"]
 
 log = logging.getLogger(__name__)
 
-# Seconds between two questions to the scheduler, and that it may take for an answer
-_EVERY, _PATIENCE = 1.0, 5.0
+# Seconds between two questions to the scheduler, and that it may take for an answer. Where workers send a heartbeat
+# each second, what a page shows is then less than two seconds old
+_EVERY, _PATIENCE = 0.75, 5.0
 
 
 class Poller:
-    """Asks a scheduler each second, and feeds one history.
+    """Asks a scheduler again and again, and feeds one history.
 
     Parameters
     ----------
@@ -41,11 +43,14 @@ class Poller:
     Attributes
     ----------
     history : History
+    listeners : set of callable
+        Called after each answer, or when there was none.
     """
 
     def __init__(self, address: str, security: Security | None = None):
         self.address = address
         self.history = History(address)
+        self.listeners: set[Callable[[], object]] = set()
         self._arguments = (security or Security()).get_connection_args("client")
         self._scheduler: Any = None
         self._received = time.monotonic()
@@ -58,6 +63,8 @@ class Poller:
         while True:
             began = time.monotonic()
             await self.poll()
+            for tell in [*self.listeners]:
+                tell()
             await asyncio.sleep(max(0.05, _EVERY - (time.monotonic() - began)))
 
     async def poll(self) -> None:

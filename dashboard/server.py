@@ -34,6 +34,9 @@ from .samples import lines
 
 __all__ = ["serve"]
 
+# Milliseconds between two signs of life to a page, where the scheduler is long in answering
+_LIFE = 2000
+
 
 class _Download(AuthRequestHandler):  # type: ignore[misc]
     def initialize(self, poller: Poller, hosts: list[str]) -> None:
@@ -116,7 +119,16 @@ async def _serve(
         if document.session_context.request.headers.get("Host") not in hosts:
             raise HTTPError(403, "unknown host")
         page = Page(document, poller.history, poller.shown)
-        document.add_periodic_callback(lambda: page.update(poller.history, poller.shown, poller.age), 1000)
+
+        def update() -> None:
+            page.update(poller.history, poller.shown, poller.age)
+
+        def tell() -> None:
+            document.add_next_tick_callback(update)
+
+        document.add_periodic_callback(update, _LIFE)
+        poller.listeners.add(tell)
+        document.on_session_destroyed(lambda _: poller.listeners.discard(tell))
 
     what = {"poller": poller, "hosts": hosts}
     # Panel binds a port of its own; it is closed for ours, which may be one that was made before this program
