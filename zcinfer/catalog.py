@@ -198,7 +198,8 @@ def models() -> pd.DataFrame:
         Columns name, version, nbytes (bytes of weights), tensors (number), shared and private (bytes that all
         readers have in common, and that each has for itself), own and base (of the shared bytes those that no other
         model has, and those that lie in the base's memory), why (what of the model cannot be shared), class, created,
-        digest. Models whose archive is damaged have ``nbytes`` 0 and the reason as ``class``.
+        digest. Models whose archive is damaged have ``nbytes`` 0 and the reason as ``class``. Notebooks show sizes in
+        words.
 
     Examples
     --------
@@ -208,7 +209,7 @@ def models() -> pd.DataFrame:
     >>> int(table.loc["doc-models", "tensors"])
     2
     """
-    import pandas as pd
+    from .model_table import ModelTable  # and pandas
 
     found = registry()
     rows = []
@@ -236,7 +237,7 @@ def models() -> pd.DataFrame:
         "created",
         "digest",
     ]
-    return pd.DataFrame(rows, columns=columns)
+    return ModelTable(rows, columns=columns)
 
 
 def budgets() -> list[Budget]:

@@ -100,6 +100,7 @@ def ls(store: str | None, as_json: bool) -> None:
     With --store a model is "in use" where a process of this machine has it mapped, and "held" where nobody has.
     """
     from . import catalog
+    from .model_table import in_words
 
     if store is not None:
         catalog.connect(store)
@@ -114,14 +115,7 @@ def ls(store: str | None, as_json: bool) -> None:
     if table.empty:
         click.echo("No models yet. Publish one: zcinfer put MODULE:OBJECT --name NAME")
     else:
-        table["shared"] = table["shared"].map(format_size)
-        table["private"] = table["private"].map(format_size)
-        table["own"] = table["own"].map(format_size)
-        table["digest"] = table["digest"].str[:12]
-        damaged = table["class"].str.startswith("damaged: ")
-        table["class"] = table["class"].str.rpartition(".")[2].mask(damaged, "damaged (zcinfer info says how)")
-        table["created"] = table["created"].str[:16].str.replace("T", " ")
-        click.echo(table.drop(columns=["nbytes", "tensors", "base", "why"]).to_string(index=False))
+        click.echo(in_words(table).to_string(index=False))
     for budget in budgets:
         click.echo(_printable(budget))
 
@@ -207,14 +201,14 @@ def rm(models: tuple[str, ...]) -> None:
 @click.option("--max-errors", type=click.IntRange(1), default=100, show_default=True,
               help="Failures that the whole job may have.")  # fmt: skip
 @click.option("--check-finite", is_flag=True, help="Count NaN and infinite values of inputs and outputs.")
-@click.option("--report", type=click.Path(), metavar="FILE.html",
-              help="Write the dashboard's page of this run, as one file, and its samples as FILE.jsonl.")  # fmt: skip
 @click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
               help="What to do with a model in train mode.")  # fmt: skip
 @click.option("--device", help="Default: cuda where there is one, else cpu.")
 @click.option("--workers", type=click.IntRange(1), help="Worker processes. Default: one per core.")
 @click.option("--scheduler", help="Address of a running Dask scheduler, instead of workers started here.")
 @click.option("--start-over", is_flag=True, help="Throw away what an earlier run of ours left in TARGET.")
+@click.option("--report", type=click.Path(), metavar="FILE.html",
+              help="Write the dashboard's page of this run, as one file, and its samples as FILE.jsonl.")  # fmt: skip
 @_STORE
 @_JSON
 def run(
@@ -228,13 +222,13 @@ def run(
     chunk_rows: int | None,
     on_error: str,
     max_errors: int,
-    report: str | None,
     check_finite: bool,
     training: str,
     device: str | None,
     workers: int | None,
     scheduler: str | None,
     start_over: bool,
+    report: str | None,
     store: str | None,
     as_json: bool,
 ) -> None:
@@ -253,19 +247,18 @@ def run(
         raise SettingsError("--workers is for workers started here; those of --scheduler are what they are")
     if len(source) != (0 if named else 1):
         raise SettingsError("give SOURCE and TARGET; or TARGET alone, and one --input NAME=URL or more")
-    from .reporting import check_path
-    from .reporting import report as reported
-
     rows: int | str = int(batch_size) if batch_size.isdigit() else batch_size
     which: int | str | None = int(output) if output is not None and output.lstrip("-").isdigit() else output
-    if report is not None:
-        check_path(report)
 
     from . import catalog, config
     from .guarded import Guard
     from .jobs import Job
+    from .reporting import check_path
+    from .reporting import report as reported
 
     _see_here()
+    if report is not None:
+        check_path(report)
     if store is None and catalog.current() is None:
         store = str(config.get("store"))
     ray = store is not None and store.partition(":")[0] == "ray"

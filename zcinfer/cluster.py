@@ -23,9 +23,10 @@ from .config import settings
 from .device import ORDER, VISIBLE
 from .errors import SettingsError
 from .nanny import THREAD_VARIABLES, Nanny
+from .notebook import facts, link
 from .observer import Observer
 from .pinning import Pinning
-from .sizes import parse_size
+from .sizes import format_size, parse_size
 
 LOOPBACK = "127.0.0.1"
 # Seconds that workers have for their end where the program was interrupted
@@ -152,6 +153,20 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     def page_link(self) -> str | None:
         """URL of the page that says how the work goes; None where there is none. Dask's own is ``dashboard_link``."""
         return self._activation.link if self._activation is not None else None
+
+    def _repr_html_(self, cluster_status: Any = None) -> str:
+        theirs = str(super()._repr_html_(cluster_status))
+        if self.status is not distributed.Status.running:
+            return theirs
+        workers = self.scheduler.workers.values()
+        told = self.scheduler.plugins[Observer.name].told()
+        models = {loads["model"]: max(loads["shared"], loads["private"]) for loads in told["models"]}
+        found = {
+            "page": link(self.page_link) if self.page_link is not None else "none",
+            "workers": f"{len(workers)}, with {sum(worker.nthreads for worker in workers)} threads",
+            "models loaded": ", ".join(f"{name} ({format_size(size)})" for name, size in models.items()) or "none yet",
+        }
+        return facts("zcinfer.LocalCluster", found) + theirs
 
     def __init__(
         self,

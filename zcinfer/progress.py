@@ -1,4 +1,7 @@
-"""A progress bar over rows for a person, one plain line at the end for a log. Not for machines (`--json`)."""
+"""A progress bar over rows for a person, one plain line at the end for a log. Not for machines (`--json`).
+
+In a notebook it is a line of HTML, since that has no terminal whose last line a bar of text could draw anew.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from tqdm import tqdm
+
+from .notebook import Line, is_notebook
+
+# Seconds between two drawings in a notebook
+_DRAWN = 0.25
 
 
 class Progress:
@@ -26,7 +34,7 @@ class Progress:
     quiet : bool
         Print nothing.
     file : file, optional
-        Default: standard error.
+        Default: standard error; in a notebook, below the cell.
     """
 
     def __init__(self, label: str, total: int, done: int = 0, quiet: bool = False, file: IO[str] | None = None):
@@ -35,6 +43,10 @@ class Progress:
         self._quiet = quiet
         self._new = 0
         self._begin = perf_counter()
+        self._line = Line() if file is None and not quiet and is_notebook() else None
+        self._shown = self._begin
+        if self._line is not None:
+            self._draw(self._line, "0 rows/s")
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -53,6 +65,18 @@ class Progress:
         self.done += rows
         self._new += rows
         self._bar.update(rows)
+        if self._line is not None and perf_counter() - self._shown > _DRAWN:
+            self._shown = perf_counter()
+            left = (self.total - self.done) / self._rate
+            self._draw(self._line, f"{self._rate:,.0f} rows/s, {left:,.0f} s left")
+
+    def _draw(self, line: Line, state: str) -> None:
+        share = self.done / self.total if self.total else 1.0
+        line.show(f"{self.label}: {100 * share:.0f} %, {self.done:,} of {self.total:,} rows, {state}", share)
+
+    @property
+    def _rate(self) -> float:
+        return self._new / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def seconds(self) -> float:
@@ -65,11 +89,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        seconds = self.seconds
+        seconds, rate = self.seconds, self._rate
         self._bar.close()
-        if not self._quiet and not self._file.isatty():
-            rate = self._new / seconds if seconds > 0 else 0.0
-            state = "done" if kind is None else "stopped"
+        state = "done" if kind is None else "stopped"
+        if self._line is not None:
+            self._draw(self._line, f"{state} in {seconds:.1f} s, {rate:,.0f} rows/s")
+        elif not self._quiet and not self._file.isatty():
             print(
                 f"{self.label}: {state}, {self.done:,} of {self.total:,} rows in {seconds:.1f} s, {rate:,.0f} rows/s",
                 file=self._file,

@@ -19,6 +19,7 @@ from .archive import Archive
 from .condition import Condition, of_files
 from .description import Bytes, Description
 from .errors import ArchiveError, SettingsError
+from .notebook import facts
 from .registry import Registry
 from .sizes import format_size
 
@@ -67,6 +68,9 @@ class ModelRef:
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return ("zcinfer.ModelRef", self.digest)
+
+    def _repr_html_(self) -> str:
+        return facts(str(self), {"weights": format_size(self.nbytes), "digest": self.digest[:12], "store": self.store})
 
 
 @dataclass(frozen=True)
