@@ -45,6 +45,7 @@ ENTRIES = {
     "models": Entry("many_models", (*SHOWN, "transformers")),
     "overlap": Entry("overlap", (*SHOWN, "aiohttp")),
     "windows": Entry("windows", SHOWN),
+    "telemetry": Entry("telemetry", (*SHOWN, "panel")),
     "nodes": Entry("nodes", SHOWN),
     "gpu": Entry("gpu", SHOWN, "it needs a GPU, and is not written yet"),
 }

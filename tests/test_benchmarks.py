@@ -253,3 +253,37 @@ def test_the_smallest_size_runs(name: str, only: str, results: str, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / f"{name}.json").read_text())[results]
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md", ".html"}
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_watching_costs_is_measured_of_runs_that_were_what_they_say() -> None:
+    from distributed import Client, LocalCluster
+
+    import zcinfer as zc
+    from zcinfer.benchmarks import telemetry
+    from zcinfer.observer import Observer
+
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0", memory_limit=None
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.register_plugin(Observer())
+        zc.connect("file")
+        small = telemetry.Case("small", telemetry.mlp, 10, 16, 64, 16)
+        found = telemetry.compare(client, small, 1)
+        with pytest.raises(SystemExit, match="small, counted: 160 rows and 0 jobs were counted"):
+            telemetry.check(small, telemetry.ON, (0, 3), (160, 3))
+        zc.disconnect()
+    results = json.loads(json.dumps({"rounds": 1, "cases": {"small": found}, "alone": telemetry.alone(20, 2)}))
+    results["bars"] = telemetry.bars(results)
+    assert results["cases"]["small"]["seconds"]["counted"]["n"] == 1
+    assert 1e-6 < telemetry.watching(results) < 1e-3
+    jobs, costs, alone = telemetry.tables(results)
+    assert [row[0] for row in jobs.rows] == ["small, nothing counted", "small, counted"]
+    assert [row[0] for row in costs.rows] == ["small: counting, time", "small: counting, processor time"]
+    assert len(alone.rows) == 4
+    assert [*results["bars"]] == [
+        "small: counting, by its parts, costs percent", "small: counting, time, costs percent",
+    ]  # fmt: skip

@@ -371,7 +371,19 @@ def cluster(
         catalog.disconnect()
 
 
-_BENCHMARKS = ("load", "article", "talk", "throughput", "models", "overlap", "windows", "nodes", "gpu", "all")
+_BENCHMARKS = (
+    "load",
+    "article",
+    "talk",
+    "throughput",
+    "models",
+    "overlap",
+    "windows",
+    "telemetry",
+    "nodes",
+    "gpu",
+    "all",
+)
 
 
 @main.command()
@@ -397,6 +409,7 @@ def bench(
       models      many models on demand: the largest rate of requests held
       overlap     a timeline of a worker that reads while it computes
       windows     memory that windows of time series take
+      telemetry   what counting costs, and an open page
       nodes       how a model comes to 2, 4 and 8 nodes, on hosts made of namespaces (needs root)
       gpu         needs a GPU
 
