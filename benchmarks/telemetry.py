@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -135,6 +135,7 @@ def compare(client: Client, case: Case, rounds: int) -> dict[str, Any]:
     processes = [psutil.Process(pid) for pid in {*client.run(_pid).values(), client.run_on_scheduler(_pid)}]
     seconds: dict[str, list[float]] = {way: [] for way in case.ways}
     used: dict[str, list[float]] = {way: [] for way in case.ways}
+    pages: list[float] = []
     order, shuffled = list(case.ways), random.Random(0)
     for number in range(rounds + 1):
         shuffled.shuffle(order)
@@ -142,14 +143,18 @@ def compare(client: Client, case: Case, rounds: int) -> dict[str, Any]:
             client.run(set_counting, way != OFF)
             client.run_on_scheduler(set_following, way != OFF)
             before = counted(client)
-            with page(client.scheduler.address) if way == PAGE else nullcontext():
-                cpu, begin = _used(processes), perf_counter()
+            opened: AbstractContextManager[list[psutil.Process]] = (
+                page(client.scheduler.address) if way == PAGE else nullcontext([])
+            )
+            with opened as served:
+                cpu, begin, drawn = _used(processes), perf_counter(), _used(served)
                 da.store(y, Nowhere(), lock=False)
                 took = perf_counter() - begin
-                spent = _used(processes) - cpu
+                spent, drawn = _used(processes) - cpu, _used(served) - drawn
             if number:  # the first is to warm up
                 seconds[way].append(took)
                 used[way].append(spent)
+                pages += [drawn / took] if way == PAGE else []
             check(case, way, before, counted(client))
     client.run(set_counting, True)
     client.run_on_scheduler(set_following, True)
@@ -158,6 +163,7 @@ def compare(client: Client, case: Case, rounds: int) -> dict[str, Any]:
         "rows": case.rows,
         "seconds": {way: summary(found) for way, found in seconds.items()},
         "cores": {way: summary(found) for way, found in used.items()},
+        "page": summary(pages) if pages else None,
         "costs": {
             f"{what}, {name}": summary([100 * (a / b - 1) for a, b in zip(found[way], found[base], strict=True)])
             for what, way, base in (("counting", ON, OFF), ("a page", PAGE, ON))
@@ -278,12 +284,12 @@ def watching(results: Mapping[str, Any]) -> float:
 
 
 @contextmanager
-def page(address: str) -> Iterator[None]:
-    """The page's program, and somebody who looks."""
+def page(address: str) -> Iterator[list[psutil.Process]]:
+    """The page's program, and somebody who looks; yields the first."""
     with _program("-m", "zcinfer", "dashboard", address, "--port", "0") as (served, said):
         link = said.removeprefix("dashboard ").strip()
         with _program("-m", "zcinfer.benchmarks.telemetry", link) as (viewer, _):
-            yield
+            yield [psutil.Process(served.pid)]
             if served.poll() is not None or viewer.poll() is not None:
                 raise SystemExit("the page, or who looked at it, has ended before the job")
 
@@ -347,9 +353,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         for what, cost in found["costs"].items()
     ]
     parts = [[part, one] for part, one in results["alone"].items()]
+    pages = [
+        [f"{case}: the page's program takes of a core", f"{100 * found['page']['median']:.1f}"]
+        for case, found in results["cases"].items()
+        if found["page"] is not None
+    ]
     return [
         Table("Jobs", {"job": "", "blocks": "n", "time": "s", "speed": "rows/s", "processors": "s"}, jobs),
-        Table("What it costs, percent: the median of the rounds, and quartiles", {"": "", "cost": ""}, costs,
+        Table("What it costs, percent: the median of the rounds, and quartiles", {"": "", "cost": ""}, [*costs, *pages],
               f"{results['rounds']} rounds"),
         Table("What a block takes of a processor to be counted, of five batches", {"": "", "time": "µs"}, parts),
     ]  # fmt: skip

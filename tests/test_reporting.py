@@ -23,6 +23,7 @@ from torch import nn
 import zcinfer as zc
 from zcinfer import reporting
 from zcinfer.errors import BlockError, OutputError, SettingsError
+from zcinfer.recording import Recording
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -299,14 +300,14 @@ def test_of_a_scheduler_that_is_lost_the_last_is_told(
     with zc.report(tmp_path / "run.html") as page:
         zc.predict(model, blocks()).compute()
         seen = threading.Event()
-        take = reporting.Recording.take
+        take = Recording.take
 
         def taken(self: Any, snapshot: Any) -> None:
             take(self, snapshot)
             if [job["done"] for job in self.jobs] == [10]:
                 seen.set()
 
-        monkeypatch.setattr(reporting.Recording, "take", taken)
+        monkeypatch.setattr(Recording, "take", taken)
         assert seen.wait(20)
         client.cluster.close()
     told = Told(page)
@@ -329,14 +330,14 @@ def test_what_runs_when_the_scheduler_is_lost_is_lost(
 ) -> None:
     monkeypatch.setattr(reporting, "_EVERY", 0.02)
     seen = threading.Event()
-    take = reporting.Recording.take
+    take = Recording.take
 
     def taken(self: Any, snapshot: Any) -> None:
         take(self, snapshot)
         if any(job["running"] for job in self.jobs):
             seen.set()
 
-    monkeypatch.setattr(reporting.Recording, "take", taken)
+    monkeypatch.setattr(Recording, "take", taken)
     x = blocks().map_blocks(held, meta=np.empty((0, 0), np.float32))
     with zc.report(tmp_path / "run.html") as page:
         future = client.compute(zc.predict(model, x, batch_size=4))
