@@ -83,11 +83,11 @@ COUNTS = ("state", "total", "done", "failed", "cancelled", "before")
 
 def test_arrays_in_memory_and_on_threads_are_told(model: str, tmp_path: Path) -> None:
     zc.predict(model, rows())
-    zc.predict(model, blocks() + 1).compute()
+    zc.predict(model, blocks() + 1).compute(num_workers=1)  # a second thread would load a module of its own
     with zc.report(tmp_path / "run.html") as page:
         zc.predict(model, rows())
         zc.predict(model, rows()[:3])
-        zc.predict(model, blocks()).sum().compute()
+        zc.predict(model, blocks()).sum().compute(num_workers=1)
         dask.compute(*zc.predict([model, model], blocks() + 2), scheduler="sync")
     zc.predict(model, rows())
     told = Told(page)
