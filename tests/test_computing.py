@@ -47,14 +47,8 @@ def test_one_thread_of_a_worker_computes(asked: int | None, expected: int) -> No
 
 
 def places(_: int) -> int:
-    """How many can be at the door's other side."""
     door: Any = computing()
-    inside = 0
-    while door.acquire(blocking=False):
-        inside += 1
-    for _ in range(inside):
-        door.release()
-    return inside
+    return int(door._value) if isinstance(door, threading.Semaphore) else 1
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def computing() -> AbstractContextManager[object]:
 def _door() -> AbstractContextManager[object]:
     places = _places()
     # A semaphore is written in Python, and ten times as slow as a lock; there is a batch each time.
-    return threading.Lock() if places == 1 else threading.Semaphore(places)
+    return threading.RLock() if places == 1 else threading.Semaphore(places)
 
 
 def _places() -> int:

@@ -6,12 +6,12 @@ Not for which rows a batch has (`batches`), nor for what its outputs' shapes are
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from .binding import Binding
 from .calling import Call, restore
-from .computing import computing
 from .errors import OutputError
 from .rows import Array, Rows, to_tensor
 from .telemetry import PHASES, Clock
@@ -35,6 +35,8 @@ class Forward:
         That the model is on.
     clock : Clock
         Told of every phase.
+    alone : context manager
+        Entered for each batch, while the model computes.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Forward:
         keywords: tuple[str, ...],
         device: torch.device,
         clock: Clock,
+        alone: AbstractContextManager[object],
     ):
         self._function, self._call, self._binding = call.on(model), call, binding
-        self._keywords, self._device, self._clock = keywords, device, clock
+        self._keywords, self._device, self._clock, self._alone = keywords, device, clock, alone
 
     def __call__(self, batch: Sequence[Array], trimmed: tuple[int, int] | None = None) -> list[Array]:
         """Outputs as they go out.
@@ -67,7 +70,7 @@ class Forward:
             clock.lap(_PREPARING)
         tensors = [to_tensor(a, cast, self._device) for a, cast in zip(prepared, binding.casts, strict=True)]
         clock.lap(_TO_DEVICE)
-        with computing():
+        with self._alone:
             clock.lap(_WAITING)
             outputs = self._function(tensors, names)
             if self._device.type == "cuda":

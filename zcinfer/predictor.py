@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ from .tuning import Place, Size, device_name, is_out_of_memory, jobs_here, measu
 
 log = logging.getLogger("zcinfer")
 
-_MODEL, _FROM_DEVICE = PHASES.index("model"), PHASES.index("from_device")
+_MODEL, _WAITING, _FROM_DEVICE = map(PHASES.index, ("model", "waiting", "from_device"))
 
 # Where it does not pay to measure, "auto" goes by the bytes of a row: activations grow with them.
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
@@ -432,21 +432,29 @@ class Predictor:
         lengths = Lengths(blocks, self.keywords, self.sort_by) if self.sort_by is not None else None
         order = lengths.order if lengths is not None else None
         try:
+            # Threads that take turns batch by batch find each other's data in the caches, and wait for each other every
+            # time. That pays only where there is other work between batches.
+            turns = self.call.preprocess is not None or self.call.postprocess is not None or device.type != "cpu"
+            for_batch, for_block = (computing(), nullcontext()) if turns else (nullcontext(), computing())
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
                 clock.lap(_MODEL)
-                run: Callable[..., list[Array]] = Forward(model, self.call, self._bound(), self.keywords, device, clock)
-                for rows in cut(len(blocks[0]), batch_rows, order):
-                    try:
-                        batch, forward = [block[rows] for block in blocks], run
-                        if lengths is not None:
-                            batch, trimmed = lengths.trimmed(batch, rows)
-                            forward = partial(run, trimmed=trimmed)
-                        outputs = self._in_memory(forward, batch, place, partial(name, rows), clock)
-                    except Exception as error:
-                        raise failed(name(rows), error) from error
-                    for result, output in zip(results, outputs, strict=True):
-                        result[rows] = output
-                    clock.lap(_FROM_DEVICE)
+                with for_block:
+                    clock.lap(_WAITING)
+                    run: Callable[..., list[Array]] = Forward(
+                        model, self.call, self._bound(), self.keywords, device, clock, for_batch
+                    )
+                    for rows in cut(len(blocks[0]), batch_rows, order):
+                        try:
+                            batch, forward = [block[rows] for block in blocks], run
+                            if lengths is not None:
+                                batch, trimmed = lengths.trimmed(batch, rows)
+                                forward = partial(run, trimmed=trimmed)
+                            outputs = self._in_memory(forward, batch, place, partial(name, rows), clock)
+                        except Exception as error:
+                            raise failed(name(rows), error) from error
+                        for result, output in zip(results, outputs, strict=True):
+                            result[rows] = output
+                        clock.lap(_FROM_DEVICE)
         except ZcinferError:
             raise
         except Exception as error:
