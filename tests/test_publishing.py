@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed import Client
 from torch import nn
 
 import zcinfer as zc
-from zcinfer import archive, publishing
+from zcinfer import archive, catalog, publishing
 
 BIG = """
 import sys, torch, zcinfer as zc
@@ -99,3 +100,14 @@ def test_a_killed_put_leaves_nothing_to_be_seen(registry: Path, number: int) -> 
     zc.put(nn.Linear(2, 2).eval(), "small")  # sweeps what a killed one has left
     assert not list(registry.glob(".tmp-*"))
     assert [path.name for path in (registry / "archives").iterdir()] == list(zc.models()["digest"])
+
+
+def test_a_client_that_found_no_scheduler_is_none(registry: Path) -> None:
+    from distributed.client import default_client
+
+    with pytest.raises(ValueError, match="missing port") as refused:  # which keeps the client, as a traceback does
+        Client("nowhere")
+    assert default_client().status == "connecting"
+    assert catalog.dask_client() is None
+    zc.put(nn.Linear(2, 2).eval(), "model")
+    assert refused.tb is not None

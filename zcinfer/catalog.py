@@ -328,9 +328,13 @@ def dask_client() -> Any:
     if module is None:
         return None
     try:
-        return module.default_client()
+        client = module.default_client()
     except ValueError:
         return None
+    # One that found no scheduler stays the current one, and would fail whatever it is asked. (One that has lost its
+    # scheduler knows it still.)
+    found_none = client.status == "connecting" and not client._scheduler_identity
+    return None if found_none else client
 
 
 def _in_dask_worker() -> bool:

@@ -28,7 +28,10 @@ def workers_by_machine(client: Client) -> dict[str, list[str]]:
 
 def machines_without(client: Client, path: str) -> list[str] | None:
     """Addresses of the machines that do not see a path; None where there is one machine only, or some do not answer."""
-    machines = workers_by_machine(client)
+    try:
+        machines = workers_by_machine(client)
+    except (OSError, TimeoutError):
+        return None
     if len(machines) < 2:
         return None
     first = {workers[0]: machine for machine, workers in machines.items()}
