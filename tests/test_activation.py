@@ -51,6 +51,7 @@ def opens(link: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_cluster_has_a_page_when_somebody_comes() -> None:
     with zc.LocalCluster(n_workers=1) as cluster:
         link = cluster.page_link

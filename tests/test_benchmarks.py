@@ -219,6 +219,7 @@ def tried(system: Any, rate: float, seconds: float) -> dict[str, Any]:
     return asyncio.run(trial(system, [np.array([n]) for n in range(MODELS)], rate, seconds))
 
 
+@pytest.mark.slow
 def test_a_rate_is_held_where_no_queue_grows() -> None:
     held = tried(Counter(200), 50, 1.0)
     assert held["held"]

@@ -80,6 +80,7 @@ def test_one_worker_a_core(cluster: LocalCluster, client: Client) -> None:
     )
 
 
+@pytest.mark.slow
 def test_cores_not_to_be_used_are_not_counted() -> None:
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
@@ -247,6 +248,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_close_is_clean_and_quiet(script: Callable[[str], Script]) -> None:
     running = script(CLOSE)
     running.up()
@@ -256,6 +258,7 @@ def test_close_is_clean_and_quiet(script: Callable[[str], Script]) -> None:
     assert running.work_directories() == []
 
 
+@pytest.mark.slow
 def test_end_without_close_is_clean(script: Callable[[str], Script]) -> None:
     running = script(END)
     running.up()
@@ -287,7 +290,7 @@ def test_an_interrupt_does_not_wait_for_what_workers_are_at(script: Callable[[st
     assert running.work_directories() == []
 
 
-@pytest.mark.parametrize("fatal", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("fatal", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_killed_script_leaves_no_process(script: Callable[[str], Script], fatal: signal.Signals) -> None:
     running = script(END)
     running.up()

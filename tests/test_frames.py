@@ -389,6 +389,7 @@ def test_a_failing_partition_is_named() -> None:
         compute(lazy)
 
 
+@pytest.mark.slow
 def test_frames_are_not_imported_for_arrays() -> None:
     script = """
 import sys, tempfile

@@ -161,7 +161,9 @@ def test_a_named_actor_outlives_its_driver_and_its_process(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_parent_ends_by_a_signal(place: Path, run: Callable[..., subprocess.Popen[str]], number: int) -> None:
     parent = run(START + CONNECT + HOLDER + WAIT)
     line(parent), line(parent)
@@ -171,7 +173,7 @@ def test_parent_ends_by_a_signal(place: Path, run: Callable[..., subprocess.Pope
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moment", ["zcinfer-ray-*", f"*/{RECORD}", "*/session_*", "*/*/sockets/raylet"])
 def test_parent_ends_during_start(
     place: Path, run: Callable[..., subprocess.Popen[str]], number: int, moment: str

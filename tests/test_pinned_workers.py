@@ -98,6 +98,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_worker_is_born_with_its_gpu(driver: dict[str, str], tmp_path: Path) -> None:
     parents = {"CUDA_VISIBLE_DEVICES": f"0,{SECOND}"}
     found, cuda, imported = script(ONE, tmp_path, driver | parents)

@@ -724,6 +724,7 @@ print(fingerprint())
 """
 
 
+@pytest.mark.slow
 def test_fingerprint_is_equal_in_all_processes(tmp_path: Path) -> None:
     settings = {"DASK_ZCINFER__REGISTRY": str(tmp_path / "registry")}
     first, second = (run_script(tmp_path, FINGERPRINT, PYTHONHASHSEED=seed, **settings) for seed in ("1", "2"))

@@ -84,7 +84,7 @@ def test_an_interrupted_put_leaves_nothing(registry: Path, at: int, monkeypatch:
     assert not files
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_killed_put_leaves_nothing_to_be_seen(registry: Path, number: int) -> None:
     environment = os.environ | {"DASK_ZCINFER__REGISTRY": str(registry)}
     with subprocess.Popen(

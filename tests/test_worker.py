@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,10 @@ def reported_and_private() -> Callable[[Any], tuple[int, int]]:
         return dask_worker.monitor.get_process_memory(), process_memory().private
 
     return figures
+
+
+def is_importing() -> Callable[[], bool]:
+    return lambda: any(thread.name == "zcinfer-import" for thread in threading.enumerate())
 
 
 def samples() -> Callable[[Any], int]:
@@ -213,7 +218,7 @@ def test_plugin_replaces_a_monitor_that_runs_already(client: Client) -> None:
     assert client.run(swap, nanny=True, workers=[worker]) == {worker: (False, True, False)}
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_worker_started_in_a_shell(cluster: LocalCluster, client: Client, tmp_path: Path, end: signal.Signals) -> None:
     others = set(cluster.scheduler.workers)
     command = [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address]
@@ -228,6 +233,7 @@ def test_worker_started_in_a_shell(cluster: LocalCluster, client: Client, tmp_pa
         (worker,) = set(cluster.scheduler.workers) - others
         processes += processes[0].children(recursive=True)
         wait_until(lambda: client.run(nanny_monitor(), nanny=True, workers=[worker])[worker] == "PrivateMemoryMonitor")
+        wait_until(lambda: not client.run(is_importing(), workers=[worker])[worker])  # which takes memory
         reported, private = client.run(reported_and_private(), workers=[worker])[worker]
         assert reported == pytest.approx(private, abs=2e6)
 
