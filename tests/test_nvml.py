@@ -177,6 +177,7 @@ def test_cards_ride_on_the_heartbeat_and_have_a_history(client: Client) -> None:
         ("GPU-plain", 73.0),
         ("GPU-forbidden", 73.0),
     ]
+    wait_until(lambda: "gpu" in next(iter(told()["history"].values())), 20)
     (history,) = told()["history"].values()
     assert [history[name][-1] for name in GPU_COLUMNS] == [73.0, 4e9]
     assert all(len(history[name]) == len(history["seconds"]) for name in GPU_COLUMNS)

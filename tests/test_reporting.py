@@ -370,4 +370,5 @@ def test_what_the_program_computes_itself_is_said(model: str, tmp_path: Path) ->
         assert told.sums("rows", "blocks") == [(40, 10)]
         assert told.rows() == 40
         (loads,) = told.state["models"]
-        assert (sum(loads["counts"][:3]), sum(loads["counts"])) == (1, 10)
+        assert sum(loads["counts"]) == 10
+        assert sum(loads["counts"][:3]) in (1, 2)  # by each of the worker's threads that had a block

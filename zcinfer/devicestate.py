@@ -118,7 +118,10 @@ class Device:
                 of_second = {second: value for second, value in zip(known, values, strict=True) if value == value}
                 told[name] = [of_second.get(second) for second in seconds]
         if pending is not None:
-            row = dict(zip(DEVICE_COLUMNS, self._row(), strict=True))
+            row: dict[str, float | None] = dict(zip(DEVICE_COLUMNS, self._row(), strict=True))
+            if self.gpus:
+                figures = dict(zip(GPU_COLUMNS, _gpu_figures(self.gpus), strict=True))
+                row |= {name: value if value == value else None for name, value in figures.items()}
             told = {name: [*values, pending if name == "seconds" else row.get(name)] for name, values in told.items()}
         return told
 

@@ -31,7 +31,7 @@ def test_a_report_opens_without_a_network(tab: Callable[..., Any], tmp_path: Pat
     here.open(page.as_uri())
     assert here.text("h1").startswith(f"Finished embed@1 into y.zarr: {done.blocks} blocks, {done.rows} rows, in ")
     assert f"embed@1 Finished {done.blocks} of {done.blocks} {done.rows} " in here.text("#part-jobs tbody")
-    assert here.text("#part-progress") == f"{done.blocks} done 0 failed 0 running 0 queued 0 retried"
+    assert here.text("#part-progress") == f"{done.blocks} done 0 retried 0 failed 0 running 0 queued"
     assert here.page.locator(".chart canvas").count()
     assert [url for url in here.asked if not url.startswith(("data:", "blob:"))] == [page.as_uri()]
     here.clean()
