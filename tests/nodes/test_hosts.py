@@ -116,6 +116,9 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with network(3) as net, commands() as started:
+        for host in net.hosts:
+            # After a cut a connection may be silent for as long as the kernel doubles its patience
+            host.environment["DASK_ZCINFER__RAY__TIMEOUT"] = "60"
         cluster = Cluster(net, started)
         yield cluster
         assert cluster.program.stdin is not None
