@@ -244,9 +244,7 @@ class RayStore:
     def _budget(self) -> Budget:
         _, _, models = ray.get(self._holder.usage.remote())
         in_use, evicted = ray.get([self._holder.in_use.remote(), self._holder.evicted.remote()])
-        here = ray.get_runtime_context().get_node_id()
-        node = next(node for node in ray.nodes() if node["NodeID"] == here)
-        found = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], include_memory_info=False).store_stats
+        _, found = _plasma(self.address)
         return Budget(
             f"shared memory of Ray at {self.address}",
             found.object_store_bytes_avail,
@@ -624,24 +622,23 @@ def _look(address: str, holder: Any) -> tuple[dict[str, Size], dict[str, Any] | 
 
     Asked by connections of their own, and not as a client of Ray: such a one is ended with a raylet that it asks.
     """
+    capacity, told = _plasma(address)
+    sizes: dict[str, Size] = {
+        "capacity": capacity,
+        "used": int(told.object_store_bytes_used),
+        "spilled": int(told.spilled_bytes_total),
+        "fallback": int(told.object_store_bytes_fallback),
+    }
+    return sizes, ray._private.state.state.actor_table(holder._actor_id.hex())
+
+
+def _plasma(address: str) -> tuple[int, Any]:
+    """Capacity of this node's Plasma in bytes, and what its raylet counts of it."""
     here = ray.get_runtime_context().get_node_id()
     found = GcsClient(address).get_all_node_info(timeout=_LOOKING)
     node = next(node for number, node in found.items() if number.hex() == here)
-    sizes: dict[str, Size] = {"capacity": int(node.resources_total.get("object_store_memory", 0))}
-    try:
-        from ray._private.internal_api import node_stats
-
-        told = node_stats(node.node_manager_address, node.node_manager_port, include_memory_info=False).store_stats
-    except ImportError as error:
-        why = f"{UNAVAILABLE}Ray tells it by a package that is not installed ({error.name}; pip install grpcio)"
-        sizes |= dict.fromkeys(("used", "spilled", "fallback"), why)
-    else:
-        sizes |= {
-            "used": int(told.object_store_bytes_used),
-            "spilled": int(told.spilled_bytes_total),
-            "fallback": int(told.object_store_bytes_fallback),
-        }
-    return sizes, ray._private.state.state.actor_table(holder._actor_id.hex())
+    stats = node_stats(node.node_manager_address, node.node_manager_port, include_memory_info=False).store_stats
+    return int(node.resources_total.get("object_store_memory", 0)), stats
 
 
 def _read(head: bytes) -> Head:
