@@ -35,16 +35,17 @@ def uuids(devices: Iterable[Device]) -> list[str]:
     return [device.uuid for device in devices]
 
 
-def build(directory: Path) -> dict[str, str]:
-    """Build the library; variables with which a process that is started then loads it."""
+def build(directory: Path, source_name: str = "fake_driver.c") -> dict[str, str]:
+    """Build a library; variables with which a process that is started then loads it."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("there is no C compiler (cc) to build the driver library with")
-    source = Path(__file__).with_name("fake_driver.c")
+        pytest.skip("there is no C compiler to build the driver's library with (Debian: apt-get install gcc)")
+    source = Path(__file__).with_name(source_name)
     command = [
         compiler,
         "-Wall",
         "-Wextra",
+        "-Wno-unused-parameter",
         "-Werror",
         "-shared",
         "-fPIC",

@@ -36,6 +36,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsons import positions
 from torch import nn
 
 from zcinfer import catalog, config, loading, publishing
@@ -132,18 +133,9 @@ ODD: list[Any] = [
 ]
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all places in a JSON value."""
-    found = [path] if path else []
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        found += places(child, (*path, key))
-    return found
-
-
 def change_value(value: Any, chance: random.Random) -> None:
     """Change one place of a JSON value."""
-    paths = places(value)
+    paths = positions(value)
     if not paths:
         return
     # First one of the top, lest nearly all changes be of numbers in tables.
@@ -411,34 +403,11 @@ FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(Health
 CHANCE = st.randoms(use_true_random=False)
 
 
+@pytest.mark.parametrize("entry", ["from_outside", "trusted", "in_registry", "in_names", "settings"])
 @FEW
 @given(chance=CHANCE)
-def test_an_archive_from_outside(bench: Bench, chance: random.Random) -> None:
-    bench.from_outside(chance)
-
-
-@FEW
-@given(chance=CHANCE)
-def test_a_trusted_archive_of_any_numbers(bench: Bench, chance: random.Random) -> None:
-    bench.trusted(chance)
-
-
-@FEW
-@given(chance=CHANCE)
-def test_a_damaged_entry_of_the_registry(bench: Bench, chance: random.Random) -> None:
-    bench.in_registry(chance)
-
-
-@FEW
-@given(chance=CHANCE)
-def test_a_spoilt_file_of_names(bench: Bench, chance: random.Random) -> None:
-    bench.in_names(chance)
-
-
-@FEW
-@given(chance=CHANCE)
-def test_impossible_settings(bench: Bench, chance: random.Random) -> None:
-    bench.settings(chance)
+def test_what_is_spoilt_is_refused_or_read(bench: Bench, entry: str, chance: random.Random) -> None:
+    getattr(bench, entry)(chance)
 
 
 # --- what was found, and what must be refused by that very thing ----------------------------------------------------

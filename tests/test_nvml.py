@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
+from nvml import build
 from processes import wait_until
 
 from zcinfer import nvml, sampling
@@ -23,18 +23,12 @@ from zcinfer.observer import Observer
 
 pytest.importorskip("pynvml", reason="no package nvidia-ml-py (pip install 'zcinfer[gpu]')")
 
-LIBRARY = "libnvidia-ml.so.1"
-
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a driver's library."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (Debian: apt-get install gcc)")
     folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).parent / "fake_nvml.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(folder / LIBRARY), str(source)], check=True)
+    build(folder, "fake_nvml.c")
     return folder
 
 
