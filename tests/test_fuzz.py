@@ -51,7 +51,7 @@ from zcinfer.archive import (
 from zcinfer.cli import main
 from zcinfer.description import Description
 from zcinfer.errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive, ZcinferError
-from zcinfer.files import FileBytes, write_file
+from zcinfer.files import FileBytes, read_whole, write_file
 from zcinfer.holder import Holder
 from zcinfer.parts import split
 from zcinfer.registry import Registry
@@ -609,6 +609,12 @@ def test_a_terminal_is_not_written_to_by_a_name(bench: Bench, tmp_path: Path) ->
     told = CliRunner().invoke(main, ["info", str(tmp_path / "archive")], catch_exceptions=False)
     assert "\\x1b[2Jnothing here" in told.output
     assert "--trust" in told.output
+
+
+def test_a_file_without_end_is_not_waited_for() -> None:
+    for _ in range(20):  # whatever the kernel has said meanwhile
+        with pytest.raises(OSError, match="kmsg"):
+            read_whole("/proc/kmsg", 1000)
 
 
 @pytest.mark.slow

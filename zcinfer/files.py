@@ -56,6 +56,8 @@ def read_whole(path: str | Path, limit: int) -> bytes:
         if nbytes > limit:
             raise OSError(errno.EFBIG, f"it has {nbytes:,} bytes, and at most {limit:,} are read", str(path))
         content = file.read(nbytes + 1)
+    if content is None:  # /proc/kmsg is a regular file too
+        raise OSError(errno.EAGAIN, "its content would have to be waited for", str(path))
     if len(content) != nbytes:
         raise OSError(errno.EIO, f"it has {nbytes:,} bytes, but gives {len(content):,}", str(path))
     return content
