@@ -613,7 +613,7 @@ def test_a_terminal_is_not_written_to_by_a_name(bench: Bench, tmp_path: Path) ->
 
 def test_a_file_without_end_is_not_waited_for() -> None:
     for _ in range(20):  # whatever the kernel has said meanwhile
-        with pytest.raises(OSError, match="kmsg"):
+        with pytest.raises(OSError, match="Errno"):
             read_whole("/proc/kmsg", 1000)
 
 

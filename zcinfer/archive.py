@@ -69,7 +69,7 @@ class Archive:
         try:
             text = read_whole(directory / DESCRIPTION, _MAX_DESCRIPTION)
             with open(open_regular(directory / WEIGHTS), "rb", buffering=0) as file:
-                header = int.from_bytes(file.read(8), "little")
+                header = int.from_bytes(FileBytes(file.fileno(), 0, 8).read(), "little")
                 found = os.fstat(file.fileno()).st_size
         except OSError as error:
             raise ArchiveError(f"{directory} is not a complete archive of a model: {error}") from error

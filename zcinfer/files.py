@@ -51,13 +51,11 @@ def read_whole(path: str | Path, limit: int) -> bytes:
     Traceback (most recent call last):
     OSError: [Errno 22] it is no regular file: '/dev/zero'
     """
-    with open(open_regular(path), "rb") as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes > limit:
             raise OSError(errno.EFBIG, f"it has {nbytes:,} bytes, and at most {limit:,} are read", str(path))
-        content = file.read(nbytes + 1)
-    if content is None:  # /proc/kmsg is a regular file too
-        raise OSError(errno.EAGAIN, "its content would have to be waited for", str(path))
+        content = FileBytes(file.fileno(), 0, nbytes + 1).read()
     if len(content) != nbytes:
         raise OSError(errno.EIO, f"it has {nbytes:,} bytes, but gives {len(content):,}", str(path))
     return content
@@ -141,7 +139,8 @@ def sync_directory(directory: Path) -> None:
 class FileBytes:
     """Bytes of an open file, read when they are asked for.
 
-    What is mapped would end the process where the file is cut meanwhile; this gives fewer bytes.
+    What is mapped would end the process where the file is cut meanwhile; this gives fewer bytes. And where one would
+    have to wait (/proc/kmsg is a regular file too), Python's files give None; this raises `OSError`.
 
     Parameters
     ----------
