@@ -37,7 +37,7 @@ WEIGHTS, SKELETON, DESCRIPTION, VERIFIED = "weights.safetensors", "skeleton.pkl"
 MARGIN = 4096
 _WRITE = 16 << 20  # at a time, so that progress is seen
 _MAX_HEADER = 100_000_000  # safetensors' own limit
-_MAX_DESCRIPTION = 1 << 26  # of 200,000 tensors; what parses it takes some times that
+MOST_DESCRIPTION = 1 << 26  # of 200,000 tensors; what parses it takes some times that
 _MAX_STAMP = 4096
 _MAX_MESSAGE = 500  # characters of what was found, which may be a name of any length
 _SAFETENSORS_DTYPE = {
@@ -67,7 +67,7 @@ class Archive:
         self.directory = directory
         self._ours = ours
         try:
-            text = read_whole(directory / DESCRIPTION, _MAX_DESCRIPTION)
+            text = read_whole(directory / DESCRIPTION, MOST_DESCRIPTION)
             with open(open_regular(directory / WEIGHTS), "rb", buffering=0) as file:
                 header = int.from_bytes(FileBytes(file.fileno(), 0, 8).read(), "little")
                 found = os.fstat(file.fileno()).st_size
@@ -78,10 +78,7 @@ class Archive:
         stamp = self._stamp()
         self._checked = stamp if ours and stamp == _read_stamp(directory / VERIFIED) else None
         try:
-            value = parse_json(text)
-            if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-                raise ArchiveError(f"it is not of format {FORMAT}, the one that this version reads")
-            self.description = Description.from_json(value, check=self._checked is None)
+            self.description = read_description(text, check=self._checked is None)
         except (ArchiveError, ValueError) as error:
             raise ArchiveError(
                 f"{directory / DESCRIPTION} is truncated or altered: {str(error)[:_MAX_MESSAGE]}. Publish the model "
@@ -209,6 +206,26 @@ class Archive:
 
     def _unreadable(self, error: Exception) -> ArchiveError:
         return ArchiveError(f"{self.directory / WEIGHTS} cannot be read any more: {error}. Publish the model again.")
+
+
+def read_description(text: bytes, check: bool = True) -> Description:
+    """Value of a description's file; checked unless it was before.
+
+    Raises
+    ------
+    ArchiveError, ValueError
+        It is malformed, or of another format.
+    """
+    value = parse_json(text)
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise ArchiveError(f"it is not of format {FORMAT}, the one that this version reads")
+    return Description.from_json(value, check)
+
+
+def file_sizes(description: Description, seal: str) -> dict[str, int]:
+    """Bytes of the files that a description with that seal is of."""
+    weights = len(_safetensors_header(description, seal)) + description.nbytes
+    return {SKELETON: description.skeleton_nbytes, WEIGHTS: weights}
 
 
 def write_archive(parts: Parts, directory: Path, advance: Callable[[int], object] = int) -> Archive:

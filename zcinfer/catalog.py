@@ -185,7 +185,7 @@ def describe(ref: ModelRef) -> tuple[Description, bytes]:
 
 @lru_cache(maxsize=64)
 def _read(directory: Path, digest: str) -> tuple[Description, bytes]:
-    found = Registry(directory).archive(digest)
+    found = Registry(directory).local(digest)
     return found.description, found.skeleton()
 
 
@@ -215,7 +215,7 @@ def models() -> pd.DataFrame:
     rows = []
     for version in found.versions():
         try:
-            described, base = found.archive(version.digest).description, found.base(version.digest)
+            described, base = found.local(version.digest).description, found.base(version.digest)
             nbytes, private = described.nbytes, described.private_nbytes
             why = "; ".join(what for what, _ in described.private)
             own = described.over(base.description).nbytes if base is not None else nbytes

@@ -71,7 +71,7 @@ def main() -> None:
 @click.option("--trust", is_flag=True, help="Open an archive that you have not written: this runs code from it.")
 @_JSON
 def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bool) -> None:
-    """Publish MODEL: an archive's directory, or MODULE:OBJECT.
+    """Publish MODEL: an archive's directory, MODULE:OBJECT, or URL/DIGEST of a copy (setting zcinfer.remote).
 
     OBJECT is an nn.Module, or a function that returns one; MODULE is importable from here or from the installed
     packages ("mymodels:build" for build() in ./mymodels.py). Publishing the same content again changes nothing.
@@ -80,7 +80,7 @@ def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bo
 
     _see_here()
     published: Any = model
-    if not os.path.isdir(model):
+    if not os.path.isdir(model) and "://" not in model:
         published = _import_object(model)
         name = name or model.partition(":")[2].lower()
     ref = publishing.put(published, name, base=base, trust=trust)
@@ -131,7 +131,7 @@ def info(model: str, verify: bool, as_json: bool) -> None:
     """
     from pathlib import Path
 
-    from . import catalog
+    from . import catalog, config
     from .archive import Archive
 
     try:
@@ -161,6 +161,12 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         "trusted": known,
         "verified": verify,
     }
+    if url := config.get("remote"):
+        from .remote import Remote
+
+        copies = Remote(str(url))
+        whole = any(copies.is_whole(description.digest, upload) for upload in copies.uploads(description.digest))
+        facts["copy"] = f"{copies.url}/{description.digest}" if whole else f"none at {copies.url}: put it again"
     if as_json:
         click.echo(json.dumps(facts))
     else:

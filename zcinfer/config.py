@@ -22,6 +22,8 @@ DEFAULTS: dict[str, Any] = {
     "store": "ray",
     # Directory of archives and names; None: $XDG_DATA_HOME/zcinfer
     "registry": None,
+    # URL, any that fsspec knows, at which a copy of each published archive is kept for other machines
+    "remote": None,
     # Open models from a registry that other users can write to
     "trust-registry": False,
     # Models that nobody uses leave a full store for others, those used longest ago first
@@ -73,6 +75,7 @@ def _is_seconds(value: Any) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool] | None]] = {
     "store": ("text, as 'ray' or 'file'", _is_text),
     "registry": ("the path of a directory", lambda v: v is None or _is_text(v)),
+    "remote": ("a URL, as s3://bucket/models, or null", lambda v: v is None or _is_text(v)),
     # A text would be true, whatever it says.
     "trust-registry": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
     "store-eviction": ("true or false", lambda v: type(v) is bool or v in (0, 1)),

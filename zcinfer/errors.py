@@ -16,7 +16,8 @@ Every error a user meets derives from `ZcinferError`; an exception of Ray, pickl
     │   └── UntrustedArchive    not known to this user's registry: opening it would run its code
     ├── StoreError
     │   ├── StoreUnavailable    Ray does not answer, or its holder is gone
-    │   └── StoreFull           the model does not fit into shared memory; gives the sizes
+    │   ├── StoreFull           the model does not fit into shared memory; gives the sizes
+    │   └── RemoteUnavailable   the URL of copies cannot be read or written
     ├── NodeError               a machine cannot join a cluster, or has lost it
     ├── InputError              an input the model refuses: dtype, shape, lengths that differ
     ├── OutputError             a target that exists and is not ours, an output without rows
@@ -73,6 +74,10 @@ class StoreUnavailable(StoreError):
 
 class StoreFull(StoreError):
     """The model does not fit into the store."""
+
+
+class RemoteUnavailable(StoreError):
+    """The URL of copies (``zcinfer.remote``) cannot be read or written."""
 
 
 class NodeError(ZcinferError):

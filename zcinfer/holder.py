@@ -228,7 +228,8 @@ class Holder:
 
 def _archive(digest: str, registry: str) -> Archive:
     try:
-        return Registry(registry).archive(digest)
+        # What is not here is fetched by who asks (see `RayStore.publish`): others would wait for it in this queue.
+        return Registry(registry).local(digest)
     except ModelNotFound as error:
         raise ModelNotFound(
             f"{error} This was asked on the machine {gethostname()}, where Ray's memory is filled from archives: on "

@@ -25,7 +25,7 @@ import torch
 
 from . import config, telemetry
 from .description import Bytes
-from .errors import SettingsError, StoreUnavailable
+from .errors import ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
 from .parts import first_alone, join
 from .sharing import spares, written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
@@ -118,6 +118,10 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
         fetched = store.fetch(ref.digest)
     except StoreUnavailable as error:
         fetched, store = _from_archive(ref, error)
+    except ModelNotFound as error:
+        if not (config.get("remote") and ref.store.startswith("ray:")):
+            raise
+        fetched, store = _from_archive(ref, error)
     seconds |= fetched.seconds
     read_only = fetched.protection == "read-only"
     begin = perf_counter()
@@ -174,13 +178,16 @@ def device_of(device: torch.device | str | None) -> torch.device:
         raise SettingsError(f"device is {device!r}: choose one like 'cpu', 'cuda' or 'cuda:1'") from error
 
 
-def _from_archive(ref: ModelRef, error: StoreUnavailable) -> tuple[Fetched, Store]:
-    """Map the archive itself when Ray does not answer, if this machine can see the registry."""
+def _from_archive(ref: ModelRef, error: ZcinferError) -> tuple[Fetched, Store]:
+    """Map the archive itself when Ray does not answer, or has it not, if this machine sees the registry or a copy."""
     directory = registry_of(ref.store)
-    if not directory.exists():
+    if not directory.exists() and config.get("remote"):
+        directory = config.registry_directory()
+    elif not directory.exists():
         raise StoreUnavailable(
             f"{error} Nor can the archive of {ref} be mapped instead: {gethostname()} has no directory {directory}. "
-            "Keep the registry (zcinfer.registry) in a directory that all machines have."
+            "Keep the registry (zcinfer.registry) in a directory that all machines have, or copies where all can read "
+            "them (zcinfer.remote)."
         ) from error
     log.warning("%s The archive of %s in %s is mapped instead.", error, ref, directory)
     store = FileStore(directory)

@@ -14,10 +14,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from . import catalog
+from . import catalog, config
 from .archive import Archive, copy_archive, write_archive
 from .description import Description
-from .errors import ModelNotFound, OutputError, SettingsError
+from .errors import ModelNotFound, OutputError, SettingsError, ZcinferError
 from .loading import load_ref
 from .machines import machines_without
 from .parts import join, split
@@ -41,11 +41,11 @@ def put(
 
     Parameters
     ----------
-    model : torch.nn.Module, torch.export.ExportedProgram or path
-        A module (it is not changed), a program (what is loaded is its module), or the directory of an archive that
-        `save` wrote.
+    model : torch.nn.Module, torch.export.ExportedProgram, path or URL
+        A module (it is not changed), a program (what is loaded is its module), the directory of an archive that
+        `save` wrote, or the copy that another machine's `put` has left at ``zcinfer.remote``: ``URL/<digest>``.
     name : str, optional
-        Default: the class's name in lower case, or the archive directory's.
+        Default: the class's name in lower case, or the archive directory's. A copy needs one.
     base : str or ModelRef, optional
         A published model of which this one is a variant, as a fine-tuned one is: tensors that are equal, bit for bit,
         are one memory, and the variant's own hold only the others. The base's memory stays as long as the variant;
@@ -68,6 +68,8 @@ def put(
         The archive is truncated, altered, or not known to this user and not trusted.
     StoreFull
         It does not fit into the shared memory of the connected store.
+    RemoteUnavailable
+        It is published, but its copy cannot be written to ``zcinfer.remote``.
 
     Examples
     --------
@@ -77,6 +79,11 @@ def put(
     """
     registry = catalog.registry()
     base = catalog.resolve(base) if base is not None else None
+    if isinstance(model, str) and "://" in model:
+        if name is None:
+            raise SettingsError(f"{model} is a copy without a name: say under which to publish it (name=, --name)")
+        with registry.copied(model, trust) as directory:
+            return put(directory, name, base=base, trust=trust, progress=progress)
     if isinstance(model, str | Path):
         path = Path(model)
         if not os.path.isdir(path):  # Path.is_dir raises where a name is too long, or may not be asked for
@@ -91,14 +98,20 @@ def put(
         model = join(opened.skeleton(), opened.description, opened.weights())
     name = name or type(model).__name__.lower()
     check_name(name)
-    # Read for the digest, and written.
-    with bytes_bar(f"put {name}", 2 * _weight_bytes(model), progress) as advance:
+    # Read for the digest, and written, here and to where copies are kept.
+    times = 3 if config.get("remote") else 2
+    with bytes_bar(f"put {name}", times * _weight_bytes(model), progress) as advance:
         parts = split(model, advance)
-        return _publish(parts.description, name, base, lambda shared: registry.add(parts, name, shared, advance))
+        add = partial(registry.add, parts, name, advance=advance)
+        return _publish(parts.description, name, base, add, advance)
 
 
 def _publish(
-    described: Description, name: str, base: ModelRef | None, add: Callable[[str | None], Version]
+    described: Description,
+    name: str,
+    base: ModelRef | None,
+    add: Callable[[str | None], Version],
+    advance: Callable[[int], object] = int,
 ) -> ModelRef:
     registry, store = catalog.registry(), catalog.current()
     _warn_of_private(name, described)
@@ -112,8 +125,34 @@ def _publish(
     version = add(shared_with)
     if store is not None:
         store.publish(version.digest)
+    _copy(version, advance)
     _warn_of_one_machine(version)
     return catalog.ref_of(version)
+
+
+def _copy(version: Version, advance: Callable[[int], object]) -> None:
+    """Have a copy of the archive at the URL of the settings, if there is one."""
+    url, registry = config.get("remote"), catalog.registry()
+    if url:
+        from .remote import Remote  # and fsspec, for those who use it
+
+        try:
+            Remote(str(url)).upload(registry.local(version.digest), str(version), advance)
+        except ZcinferError as error:
+            raise type(error)(
+                f"{version} is published in {registry.directory}, and other machines have no copy of it: {error} Then "
+                "put it again."
+            ) from error
+
+
+def _shared_place() -> Path | None:
+    """Directory that holds archives, or the copies of them; None: copies are where no machine of ours is lost."""
+    url = config.get("remote")
+    if not url:
+        return catalog.registry().directory / "archives"
+    from .remote import Remote
+
+    return Remote(str(url)).directory
 
 
 # Registries of which it was said, or need not be, that one machine alone has them.
@@ -122,10 +161,10 @@ _looked_at: set[tuple[str, Path]] = set()
 
 def _warn_of_one_machine(version: Version) -> None:
     """On a cluster of several machines, say where the archive is on this one alone: it would be lost with it."""
-    client, directory = catalog.dask_client(), catalog.registry().directory
-    if client is None or client.asynchronous or (client.id, directory) in _looked_at:
+    client, directory = catalog.dask_client(), _shared_place()
+    if client is None or directory is None or client.asynchronous or (client.id, directory) in _looked_at:
         return
-    without = machines_without(client, str(directory / "archives" / version.digest))
+    without = machines_without(client, str(directory / version.digest))
     if without is None:
         return
     _looked_at.add((client.id, directory))
@@ -133,8 +172,9 @@ def _warn_of_one_machine(version: Version) -> None:
         listed = ", ".join(without[:5]) + (" ..." if len(without) > 5 else "")
         log.warning(
             "%s: its archive is in %s on %s, and these machines of the cluster do not see it: %s. If this machine is "
-            "lost, what is loaded stays so, and nobody can load it again. Keep the registry in a directory that all "
-            "machines have (zcinfer.registry, or DASK_ZCINFER__REGISTRY), on a network file system.",
+            "lost, what is loaded stays so, and nobody can load it again. Keep a copy of each archive where all can "
+            "read it (zcinfer.remote, or DASK_ZCINFER__REMOTE: any URL that fsspec knows, as s3://bucket/models), or "
+            "the registry in a directory that all machines have (zcinfer.registry, DASK_ZCINFER__REGISTRY).",
             version,
             directory,
             gethostname(),

@@ -36,7 +36,7 @@ from . import config, keeper, own_ray
 from .archive import MARGIN, WEIGHTS
 from .condition import UNAVAILABLE, Condition, Size, of_ray
 from .description import Bytes, Description
-from .errors import StoreUnavailable, ZcinferError
+from .errors import ModelNotFound, StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
 from .registry import Registry
 from .sharing import Plasma, copy_mapped
@@ -199,6 +199,15 @@ class RayStore:
             )
 
     def publish(self, digest: str) -> None:
+        try:
+            self._publish(digest)
+        except ModelNotFound:
+            if not config.get("remote"):
+                raise
+            self.registry.archive(digest)  # fetched from its copy; the holder shares this directory, or tells
+            self._publish(digest)
+
+    def _publish(self, digest: str) -> None:
         self._within(self._patience(digest), lambda: self._ask(digest))
 
     def bring(self, digest: str) -> int:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
+from . import config
 from .archive import DESCRIPTION, SKELETON, WEIGHTS, Archive, copy_archive, write_archive
 from .config import check_owner, private_directory
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreFull, UntrustedArchive
@@ -98,11 +99,18 @@ class Registry:
 
     def _add(self, described: Description, write: Callable[[Path], Archive], name: str, base: str | None) -> Version:
         check_name(name)
-        try:
+        with self._told_where(described.nbytes + described.skeleton_nbytes):
             return self._add_named(described.digest, write, name, base)
+
+    @contextmanager
+    def _told_where(self, nbytes: int | None = None) -> Iterator[None]:
+        """Have errors of writing, of so many bytes if that is known, say where and what to do."""
+        try:
+            yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others have written meanwhile, or there is a quota
-                raise self._full(described.nbytes + described.skeleton_nbytes, f" ({error.strerror})") from error
+            # Others have written meanwhile, or there is a quota
+            if nbytes is not None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(nbytes, f" ({error.strerror})") from error
             raise SettingsError(
                 f"the registry {self.directory} cannot be written to: {error}. Set zcinfer.registry to one that can."
             ) from error
@@ -118,7 +126,7 @@ class Registry:
                 # No chains, whatever became of the base meanwhile: its own base, and one that is a base stays whole.
                 base = (self._base_digest(base) or base) if base is not None else None
                 if base is not None and base != digest and not self._is_base(digest):
-                    self.archive(base)  # or it was removed meanwhile
+                    self.local(base)  # or it was removed meanwhile
                     self._write_base(digest, base, temporary)
                 versions, last = self._read_versions(name)
                 if versions and versions[-1].digest == digest:
@@ -166,15 +174,23 @@ class Registry:
         raise ModelNotFound(f"no version {number} of {base!r}: there are {', '.join(str(v.version) for v in versions)}")
 
     def archive(self, digest: str) -> Archive:
-        """The archive with that digest.
+        """The archive with that digest; one that is not here comes from the URL of copies, if that is set.
 
         Raises
         ------
         ModelNotFound
-            It is not here.
+            It is not here, nor there.
         ArchiveError
-            It is truncated or altered.
+            It is truncated or altered; or (`UntrustedArchive`) its copy is not one of this user's.
+        RemoteUnavailable
+            The URL of copies cannot be read.
         """
+        if not self._archive_directory(digest).exists() and config.get("remote"):
+            self._restore(digest)
+        return self.local(digest)
+
+    def local(self, digest: str) -> Archive:
+        """As `archive`, but of this directory alone."""
         directory = self._archive_directory(digest)
         self._check_owners(directory.parent, directory, *(directory / n for n in (WEIGHTS, SKELETON, DESCRIPTION)))
         if not directory.exists():
@@ -186,13 +202,51 @@ class Registry:
             raise ArchiveError(f"{directory} holds another model than its name says. Publish the model again.")
         return archive
 
+    def _restore(self, digest: str) -> None:
+        """Bring an archive here from the URL of copies: once, however many processes ask."""
+        from .remote import Remote  # and fsspec, for those who use it
+
+        copies = Remote(str(config.get("remote")))
+        with self._told_where(), self._lock(".lock-restore"):
+            if self._archive_directory(digest).exists():
+                return
+            with self._temporary() as temporary:
+                try:
+                    found = copies.download(digest, temporary / "archive", self.make_room)
+                except ModelNotFound as error:
+                    raise ModelNotFound(
+                        f"no archive {digest[:12]} in the registry {self.directory}, and {error}"
+                    ) from error
+                with self._lock():
+                    self._install(found, digest)
+
+    @contextmanager
+    def copied(self, url: str, trust: bool = False) -> Iterator[Path]:
+        """The directory of an archive for a while, fetched from ``URL/<digest>``; it may then be opened, if it is one
+        of this user's.
+        """
+        from .remote import Remote
+
+        place, _, digest = url.rstrip("/").rpartition("/")
+        self._archive_directory(digest)
+        with self._temporary() as temporary:
+            copies, target = Remote(place), temporary / "archive"
+            with self._told_where():
+                try:
+                    self.trust(copies.download(digest, target, self.make_room))
+                except UntrustedArchive:
+                    if not trust:
+                        raise
+                    copies.download(digest, target, self.make_room, trust=True)
+            yield target
+
     def base(self, digest: str) -> Archive | None:
         """The archive of the model that this one shares storages with in memory."""
         digest = self._base_digest(digest)
         if self._base_digest(digest):
             return None  # never written so: it would lead in a circle
         try:
-            found = self.archive(digest) if digest else None
+            found = self.local(digest) if digest else None
             if found is not None:
                 found.check()
         except (ModelNotFound, ArchiveError):
@@ -318,7 +372,7 @@ class Registry:
 
     def _is_complete(self, digest: str) -> bool:
         try:
-            found = self.archive(digest)
+            found = self.local(digest)
             found.skeleton()
             found.check()
         except (ModelNotFound, ArchiveError):

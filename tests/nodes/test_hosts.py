@@ -133,6 +133,7 @@ def test_put_says_who_does_not_see_the_registry(cluster: Cluster) -> None:
     cluster.ask("put", 10)
     (said,) = cluster.ask("told", 0)  # once
     assert "these machines of the cluster do not see it: 10.77.0.2, 10.77.0.3." in said
+    assert "zcinfer.remote" in said
     assert "zcinfer.registry" in said
 
 

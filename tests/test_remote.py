@@ -1,0 +1,371 @@
+"""Copies at a URL: what one machine has put another can load; who may write there, and uploads that end halfway."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import dask
+import pytest
+import torch
+from click.testing import CliRunner
+
+import zcinfer as zc
+from zcinfer import catalog, cli, loading, publishing
+from zcinfer.archive import DESCRIPTION, SKELETON, WEIGHTS, write_archive
+from zcinfer.errors import (
+    ArchiveError,
+    ModelNotFound,
+    RemoteUnavailable,
+    SettingsError,
+    UntrustedArchive,
+    ZcinferError,
+)
+from zcinfer.parts import split
+from zcinfer.ray_store import RayStore
+from zcinfer.registry import Registry
+from zcinfer.remote import COPY, Remote
+from zcinfer.store import FileStore
+
+
+def layer(seed: int = 0) -> torch.nn.Linear:
+    torch.manual_seed(seed)
+    return torch.nn.Linear(30, 30).eval()
+
+
+@pytest.fixture(autouse=True)
+def _token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+def another_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    url = f"memory://{uuid.uuid4().hex}" if request.param == "memory" else (tmp_path / "shared").as_uri()
+    with dask.config.set({"zcinfer.remote": url}):
+        yield url
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """The directory in which copies are kept."""
+    with dask.config.set({"zcinfer.remote": str(tmp_path / "shared")}):
+        yield tmp_path / "shared"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Registry:
+    """The registry of another machine, which has nothing yet."""
+    return Registry(tmp_path / "elsewhere")
+
+
+def only_upload(shared: Path, digest: str) -> Path:
+    (upload,) = (shared / digest).iterdir()
+    return upload
+
+
+def nothing_of(registry: Registry) -> bool:
+    """Whether a registry has no archive, and nothing half done."""
+    return not list(registry.directory.glob("archives/*")) and not list(registry.directory.glob(".tmp-*"))
+
+
+def test_what_one_machine_has_put_another_loads(registry: Path, url: str, elsewhere: Registry) -> None:
+    model = layer()
+    ref = zc.put(model, "layer")
+    shutil.rmtree(registry)  # the machine is lost
+    catalog.connect(f"file:{elsewhere.directory}")
+    loaded = zc.load(ref)
+    assert torch.equal(loaded.weight, model.weight)
+    assert torch.equal(loaded.bias, model.bias)
+    assert elsewhere.names() == []  # a name means what its own registry says
+
+
+def test_a_copy_is_written_once(registry: Path, shared: Path) -> None:
+    ref = zc.put(layer(), "layer")
+    first = only_upload(shared, ref.digest)
+    assert {path.name for path in first.iterdir()} == {WEIGHTS, SKELETON, DESCRIPTION, COPY}
+    zc.put(layer(), "another-name")
+    assert only_upload(shared, ref.digest) == first
+
+
+def test_without_the_setting_nothing_is_fetched_or_imported(tmp_path: Path) -> None:
+    script = f"""
+import sys
+from zcinfer.errors import ModelNotFound
+from zcinfer.store import FileStore
+try:
+    FileStore({str(tmp_path / "none")!r}).fetch("0" * 64)
+except ModelNotFound:
+    print(sorted({{"fsspec", "zcinfer.remote"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_is_nowhere_is_told(url: str, elsewhere: Registry) -> None:
+    with pytest.raises(ModelNotFound, match=f"in the registry {elsewhere.directory}, and no copy of 0+ at {url}"):
+        elsewhere.archive("0" * 64)
+    with pytest.raises(ModelNotFound, match="no digest"):
+        elsewhere.archive("../" * 21 + "x")
+
+
+def test_a_copy_is_published_under_a_name(registry: Path, url: str, elsewhere: Registry) -> None:
+    model = layer()
+    digest = zc.put(model, "layer").digest
+    shutil.rmtree(registry)
+    catalog.connect(f"file:{elsewhere.directory}")
+    with pytest.raises(SettingsError, match="without a name"):
+        zc.put(f"{url}/{digest}")
+    ref = zc.put(f"{url}/{digest}", "found-again")
+    assert (ref.name, ref.version, ref.digest) == ("found-again", 1, digest)
+    assert torch.equal(zc.load("found-again").weight, model.weight)
+
+
+# --- who may write there -------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+SPOILT = [(name, spoil) for name in (WEIGHTS, SKELETON, DESCRIPTION, COPY) for spoil in (flip, cut)]
+
+
+@pytest.mark.parametrize(("name", "spoil"), SPOILT)
+def test_a_spoilt_copy_is_refused(
+    name: str, spoil: Callable[[Path], None], registry: Path, shared: Path, elsewhere: Registry
+) -> None:
+    digest = zc.put(layer(), "layer").digest
+    spoil(only_upload(shared, digest) / name)
+    expected = ArchiveError if name in (WEIGHTS, SKELETON) else UntrustedArchive
+    with pytest.raises(expected, match=f"{digest}/[0-9a-f]{{32}}") as told:
+        elsewhere.archive(digest)
+    assert type(told.value) is expected
+    assert nothing_of(elsewhere)
+
+
+@pytest.mark.parametrize("signed", ["by another", "with the good one's", "by nobody"])
+def test_code_of_who_can_write_there_is_not_run(
+    signed: str,
+    registry: Path,
+    shared: Path,
+    elsewhere: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    digest = zc.put(layer(), "layer").digest
+    good = only_upload(shared, digest)
+    parts, ran = split(layer()), tmp_path / "ran"
+    bad_skeleton = b"cos\nmkdir\n(V" + str(ran).encode() + b"\ntR."
+    described = replace(
+        parts.description,
+        skeleton_sha256=hashlib.sha256(bad_skeleton).hexdigest(),
+        skeleton_nbytes=len(bad_skeleton),
+    )
+    assert described.digest == digest  # a field, which anybody can write
+    forged = write_archive(replace(parts, skeleton=bad_skeleton, description=described), tmp_path / "forged")
+    if signed == "by another":
+        with monkeypatch.context() as other:
+            another_user(other, tmp_path)
+            shutil.rmtree(good)
+            Remote(str(shared)).upload(forged, "layer@1")
+    else:
+        for name in (WEIGHTS, SKELETON, DESCRIPTION):
+            shutil.copy(forged.directory / name, good / name)
+        if signed == "by nobody":
+            (good / COPY).write_text("{}")
+    with pytest.raises(UntrustedArchive, match=r"not signed with the token of this machine.*zcinfer\.ray\.token-file"):
+        elsewhere.archive(digest)
+    with pytest.raises(UntrustedArchive):
+        zc.put(f"file://{shared}/{digest}", "taken")
+    assert not ran.exists()
+    assert nothing_of(elsewhere)
+    with pytest.raises(ZcinferError):  # what it opens is no module; but it is opened, as was asked for
+        zc.put(f"file://{shared}/{digest}", "taken", trust=True)
+    assert ran.exists()
+
+
+def test_a_copy_under_anothers_digest_is_refused(registry: Path, shared: Path, elsewhere: Registry) -> None:
+    first, second = zc.put(layer(0), "a").digest, zc.put(layer(1), "b").digest
+    shutil.rmtree(shared / first)
+    shutil.move(shared / second, shared / first)
+    with pytest.raises(ArchiveError, match=f"it is of another model, {second[:12]}"):
+        elsewhere.archive(first)
+    assert nothing_of(elsewhere)
+
+
+def test_another_users_copy_does_not_hide_ones_own(
+    registry: Path, shared: Path, elsewhere: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as other:
+        another_user(other, tmp_path)
+        digest = zc.put(layer(), "layer").digest
+    with pytest.raises(UntrustedArchive, match="there is none yet"):
+        elsewhere.archive(digest)
+    zc.put(layer(), "layer")
+    assert len(list((shared / digest).iterdir())) == 2
+    assert elsewhere.archive(digest).description.digest == digest
+
+
+# --- uploads -------------------------------------------------------------------------------------------------------
+
+
+def test_an_upload_that_is_interrupted_leaves_nothing(registry: Path, shared: Path) -> None:
+    archive = Registry(registry).add(split(layer()), "layer")
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Remote(str(shared)).upload(Registry(registry).local(archive.digest), "layer@1", interrupt)
+    assert not list(shared.glob("*/*"))
+
+
+# Uploads from registries at once, in children forked while it has one thread; one that is to be killed is killed when
+# it has written the first file. Tells how they ended.
+UPLOADER = """
+import json, os, sys
+from zcinfer.registry import Registry
+from zcinfer.remote import Remote
+
+url, digest = sys.argv[1:]
+for line in sys.stdin:
+    begin, release = os.pipe()
+    children = []
+    for directory, killed in json.loads(line):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.close(release)
+            archive, remote = Registry(directory).local(digest), Remote(url)
+            os.read(begin, 1)
+            remote.upload(archive, "layer@1", (lambda nbytes: os.kill(os.getpid(), 9)) if killed else int)
+            os._exit(0)
+    os.close(begin)
+    os.close(release)
+    print(json.dumps([os.waitpid(child, 0)[1] for child in children]), flush=True)
+"""
+
+
+def test_two_that_upload_at_once_and_one_that_is_killed(tmp_path: Path, shared: Path, elsewhere: Registry) -> None:
+    model, registries = layer(), [Registry(tmp_path / name) for name in "abc"]
+    (digest,) = {registry.add(split(model), "layer").digest for registry in registries}
+    command = [sys.executable, "-c", UPLOADER, str(shared), digest]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as uploader:
+
+        def ended(*uploads: tuple[Registry, bool]) -> list[int]:
+            assert uploader.stdin is not None
+            assert uploader.stdout is not None
+            print(json.dumps([(str(r.directory), killed) for r, killed in uploads]), file=uploader.stdin, flush=True)
+            statuses: list[int] = json.loads(uploader.stdout.readline())
+            return statuses
+
+        assert ended((registries[2], True)) == [signal.SIGKILL]
+        with pytest.raises(ArchiveError, match="half a copy: its upload was interrupted"):
+            elsewhere.archive(digest)
+        assert nothing_of(elsewhere)
+        assert ended((registries[0], False), (registries[1], False)) == [0, 0]
+        uploader.communicate(timeout=60)
+    remote = Remote(str(shared))
+    whole = [remote.is_whole(digest, upload) for upload in remote.uploads(digest)]
+    assert whole.count(False) == 1
+    assert whole.count(True) in (1, 2)
+    elsewhere.archive(digest).verify()
+
+
+# --- URLs that cannot be used --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [("gopher://models", "Protocol not known: gopher"), ("oci://models", "needs a package that is not installed")],
+)
+def test_a_url_that_cannot_be_used_is_told(url: str, told: str, elsewhere: Registry) -> None:
+    with dask.config.set({"zcinfer.remote": url}), pytest.raises(SettingsError, match=told):
+        elsewhere.archive("0" * 64)
+
+
+def test_a_url_that_does_not_answer_is_told(elsewhere: Registry) -> None:
+    with (
+        dask.config.set({"zcinfer.remote": "http://127.0.0.1:9/models"}),
+        pytest.raises(RemoteUnavailable, match=r"127\.0\.0\.1:9/models cannot be listed: ClientConnectorError"),
+    ):
+        elsewhere.archive("0" * 64)
+    assert nothing_of(elsewhere)
+
+
+def test_a_put_without_its_copy_says_so_and_can_be_repeated(registry: Path, tmp_path: Path) -> None:
+    place = tmp_path / "shared"
+    place.touch()
+    with dask.config.set({"zcinfer.remote": str(place)}):
+        with pytest.raises(RemoteUnavailable, match=r"layer@1 is published in .*, and other machines have no copy"):
+            zc.put(layer(), "layer")
+        with pytest.raises(RemoteUnavailable, match="cannot be listed: NotADirectoryError"):
+            Registry(tmp_path / "elsewhere").archive("0" * 64)
+        place.unlink()
+        ref = zc.put(layer(), "layer")
+        assert ref.version == 1
+        assert only_upload(place, ref.digest)
+
+
+def test_what_is_looked_for_on_the_other_machines(registry: Path, tmp_path: Path) -> None:
+    assert publishing._shared_place() == registry / "archives"
+    with dask.config.set({"zcinfer.remote": f"file://{tmp_path}/shared"}):
+        assert publishing._shared_place() == tmp_path / "shared"
+    with dask.config.set({"zcinfer.remote": "memory://models"}):
+        assert publishing._shared_place() is None
+
+
+def test_info_tells_of_the_copy(registry: Path, url: str) -> None:
+    ref = zc.put(layer(), "layer")
+    told = json.loads(CliRunner().invoke(cli.main, ["info", "layer", "--json"]).output)
+    assert told["copy"] == f"{url}/{ref.digest}"
+    with dask.config.set({"zcinfer.remote": f"{url}-empty"}):
+        assert f"none at {url}-empty" in CliRunner().invoke(cli.main, ["info", "layer"]).output
+    with dask.config.set({"zcinfer.remote": None}):
+        assert "copy" not in json.loads(CliRunner().invoke(cli.main, ["info", "layer", "--json"]).output)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_store_in_ray_fetches_it_too(tmp_path: Path, shared: Path, elsewhere: Registry) -> None:
+    lost, model = FileStore(tmp_path / "lost"), layer()
+    catalog.connect(lost.url)
+    ref = zc.put(model, "layer")
+    shutil.rmtree(tmp_path / "lost")
+    with dask.config.set({"zcinfer.registry": str(elsewhere.directory)}):
+        store = RayStore.start(elsewhere)
+        try:
+            store.publish(ref.digest)
+            fetched = loading.load_ref(replace(ref, store=store.url))
+            assert loading.loads[-1].store == "ray"
+            assert torch.equal(fetched.weight, model.weight)
+            # A reader whose store has it no more: its own machine's registry is filled from the copy.
+            store.forget(ref.digest)
+            del fetched
+            gc.collect()
+            shutil.rmtree(elsewhere.directory)
+            again = loading.load_ref(replace(ref, store=store.url))
+            assert loading.loads[-1].store == "file"
+            assert torch.equal(again.weight, model.weight)
+        finally:
+            store.close()
+            catalog.disconnect()
