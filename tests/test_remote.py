@@ -32,7 +32,6 @@ from zcinfer.errors import (
     ZcinferError,
 )
 from zcinfer.parts import split
-from zcinfer.ray_store import RayStore
 from zcinfer.registry import Registry
 from zcinfer.remote import COPY, Remote
 from zcinfer.store import FileStore
@@ -352,7 +351,7 @@ def test_a_store_in_ray_fetches_it_too(tmp_path: Path, shared: Path, elsewhere: 
     ref = zc.put(model, "layer")
     shutil.rmtree(tmp_path / "lost")
     with dask.config.set({"zcinfer.registry": str(elsewhere.directory)}):
-        store = RayStore.start(elsewhere)
+        store = catalog.connect("ray")
         try:
             store.publish(ref.digest)
             fetched = loading.load_ref(replace(ref, store=store.url))
@@ -367,5 +366,4 @@ def test_a_store_in_ray_fetches_it_too(tmp_path: Path, shared: Path, elsewhere: 
             assert loading.loads[-1].store == "file"
             assert torch.equal(again.weight, model.weight)
         finally:
-            store.close()
             catalog.disconnect()
