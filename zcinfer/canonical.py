@@ -36,6 +36,10 @@ _INCIDENTAL = frozenset(
     }
 )
 
+# What torch's compiler leaves, for itself, on the tensors and modules that it has met. The copy has it too, but a model
+# that was compiled is no other model. What users tell the compiler (`mark_static`) has other names, and counts.
+_MARKS = frozenset({"_dynamo_static_input_type", "_dynamo_propagated_dynamic_indices", "_is_torch_compile"})
+
 # Each level multiplies the walks; objects that know one another through sets would take for ever.
 _MOST_NESTED_SETS = 4
 
@@ -204,8 +208,9 @@ class Canonical:
         )
         self._emit("tensor", repr(layout).encode())
         self._storage(tensor.untyped_storage())
-        if tensor.__dict__:
-            self._sequence("attributes", [tensor.__dict__])
+        attributes = _without_marks(tensor.__dict__)
+        if attributes:
+            self._sequence("attributes", [attributes])
 
     def _storage(self, storage: torch.UntypedStorage) -> None:
         self._alive.append(storage)
@@ -268,6 +273,8 @@ class Canonical:
             self._emit("code", member_code(obj))
             return
         function, arguments, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
+        if isinstance(obj, torch.nn.Module) and type(state) is dict:
+            state = _without_marks(state)
         if isinstance(obj, set | frozenset):
             arguments = [frozenset(part) if isinstance(part, list) else part for part in arguments]
         self._emit("object", type(obj).__qualname__.encode())
@@ -275,6 +282,12 @@ class Canonical:
             self.add(part)
         self._sequence("items", items or ())
         self._sequence("pairs", [part for pair in pairs or () for part in pair])
+
+
+def _without_marks(attributes: dict[str, Any]) -> dict[str, Any]:
+    if _MARKS.isdisjoint(attributes):
+        return attributes
+    return {name: value for name, value in attributes.items() if name not in _MARKS}
 
 
 def _names_in(model: torch.nn.Module) -> dict[int, str]:

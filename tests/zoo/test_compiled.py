@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from zcinfer.parts import split
-from zoo.compare import outputs, round_trip
+from zcinfer.parts import join, split
+from zoo.compare import buffer_of, outputs, round_trip
 from zoo.samples import Models, X, convolution, mlp, ran
 
 
@@ -89,10 +90,37 @@ def test_a_compiled_model_that_was_called_is_left_compiled(case: str) -> None:
     assert outputs(model, (X,)).found == expected
 
 
-@pytest.mark.xfail(strict=True, reason="torch's compiler leaves marks on the weights, and they count in the digest")
-def test_a_call_under_the_compiler_does_not_make_another_model() -> None:
+def trained(model: nn.Module) -> None:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    model.compile(backend="eager")
+    model(X).sum().backward()
+    torch.compile(optimiser.step, backend="eager")()
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: ran(torch.compile(model, backend="eager"), X),
+        lambda model: model.compile(backend="eager"),
+        trained,
+    ],
+    ids=["wrapped", "called", "compiled in place", "trained"],
+)
+def test_what_was_compiled_once_is_the_same_model(compiled: Callable[[nn.Module], object]) -> None:
+    """Torch's compiler leaves marks on the weights, and its wrapper one on the module itself."""
     torch._dynamo.reset()
     model = mlp()
     before = split(model).description.digest
-    torch.compile(model, backend="eager")(X)
-    assert split(model).description.digest == before
+    compiled(model)
+    parts = split(model)
+    assert parts.description.digest == before
+    assert split(join(parts.skeleton, parts.description, buffer_of(parts))).description.digest == before
+
+
+def test_what_a_user_says_to_the_compiler_is_another_model() -> None:
+    model = mlp()
+    before = split(model).description.digest
+    torch._dynamo.mark_static(model[0].weight, 0)
+    assert split(model).description.digest != before
