@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from .bytecode import is_importable
+from .graphs import new_graph
 
 try:  # It carries more than pickle does (views of dicts, for one), and what it carries counts.
     import cloudpickle
@@ -70,7 +71,7 @@ def reduce_refused(obj: Any) -> Any:
         names = tuple(vars(obj)["_modules"]["parametrizations"])
         return new_parametrized, (base, names), base.__getstate__(obj)
     if isinstance(obj, GraphModule) and _same(kind.__reduce__, GraphModule.__reduce__):
-        return new_graph, obj.__reduce__()
+        return new_graph, (*obj.__reduce__(), tuple(node.name for node in obj.graph.nodes))
     parameter = torch.nn.Parameter
     if isinstance(obj, parameter) and kind is not parameter and _same(kind.__reduce_ex__, parameter.__reduce_ex__):
         # Torch makes a plain Parameter of a subclass's.
@@ -99,19 +100,6 @@ def new_parametrized(base: type[torch.nn.Module], names: tuple[str, ...]) -> tor
 
 def _same(one: Any, other: Any) -> bool:
     return one is other
-
-
-def new_graph(function: Callable[..., Any], arguments: tuple[dict[str, Any], Any]) -> torch.nn.Module:
-    """A module of FX, with all that it had: torch traces its code anew, and keeps what the code uses.
-
-    Where tracing makes other code (what depends on parameters alone is computed then), it is left as torch makes it.
-    """
-    attributes, *others = arguments
-    graph: Any = function(dict(attributes), *others)
-    if graph._code == attributes["_code"]:
-        vars(graph).update(attributes)
-        graph.graph._tracer_cls = attributes.get("_tracer_cls")
-    return graph  # type: ignore[no-any-return]
 
 
 def new_subclass(kind: type, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

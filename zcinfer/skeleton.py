@@ -22,11 +22,11 @@ from torch.nn import Module
 
 from .bytecode import home_of
 from .description import BUFFER_DTYPES, TensorSpec
+from .graphs import new_graph
 from .pickling import (
     PRIVATE,
     is_plain,
     new_cache,
-    new_graph,
     new_parametrized,
     new_subclass,
     reduce_refused,
