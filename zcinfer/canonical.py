@@ -40,6 +40,9 @@ _INCIDENTAL = frozenset(
 # that was compiled is no other model. What users tell the compiler (`mark_static`) has other names, and counts.
 _MARKS = frozenset({"_dynamo_static_input_type", "_dynamo_propagated_dynamic_indices", "_is_torch_compile"})
 
+# Where a wrapper keeps what its last call found out. By name: to import it takes seconds.
+_BOX = "torch._dynamo.convert_frame", "ConvertFrameBox"
+
 # Each level multiplies the walks; objects that know one another through sets would take for ever.
 _MOST_NESTED_SETS = 4
 
@@ -146,6 +149,8 @@ class Canonical:
             self._emit("code", code_digest(obj))
         elif kind is RemovableHandle:
             self._handle(obj)
+        elif (kind.__module__, kind.__qualname__) == _BOX:
+            self._emit("object", kind.__qualname__.encode())
         else:
             self._reduced(obj)
 

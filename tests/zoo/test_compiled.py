@@ -119,6 +119,14 @@ def test_what_was_compiled_once_is_the_same_model(compiled: Callable[[nn.Module]
     assert split(join(parts.skeleton, parts.description, buffer_of(parts))).description.digest == before
 
 
+def test_a_compiled_module_that_was_called_is_the_same_model() -> None:
+    torch._dynamo.reset()
+    model = torch.compile(mlp(), backend="eager")
+    before = split(model).description.digest
+    model(X)
+    assert split(model).description.digest == before
+
+
 def test_what_a_user_says_to_the_compiler_is_another_model() -> None:
     model = mlp()
     before = split(model).description.digest
