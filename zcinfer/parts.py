@@ -28,6 +28,7 @@ from .blame import blame, place_of
 from .canonical import Canonical
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
+from .overlaps import refuse_overlaps
 from .pickling import HOOKS, storage_key
 from .programs import lost_attributes, program_bytes
 from .skeleton import Taken, dump, load
@@ -82,7 +83,8 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
     Raises
     ------
     SplitError
-        Something in the model cannot be pickled; the message names the attribute.
+        Something in the model cannot be pickled, or two tensors share elements of which torch does not know that they
+        are one; the message names the attribute.
 
     Examples
     --------
@@ -103,6 +105,7 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
 
     _refuse_torn_programs(taken, whole)
     sources = [storage_bytes(storage) for storage in taken.storages]
+    refuse_overlaps(taken, sources, whole)
     digests = sha256_each(sources, advance)
     by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
 

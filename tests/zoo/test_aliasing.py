@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from zcinfer.errors import SplitError
 from zcinfer.parts import split
 from zoo.compare import assert_same, round_trip
 from zoo.facts import facts, named
@@ -92,6 +93,12 @@ def over_parts_of_an_array() -> nn.Module:
     return holding(torch.from_numpy(array), torch.from_numpy(array[500:1000]))
 
 
+def over_columns_of_an_array() -> nn.Module:
+    """Tables of positions: the memory of each lies between that of the other, and they share no element."""
+    table = np.arange(2000.0, dtype=np.float32).reshape(50, 40)
+    return holding(torch.from_numpy(table[:, ::2]), torch.from_numpy(table[:, 1::2]), torch.from_numpy(table[:, 40:]))
+
+
 def tied_across_submodules() -> nn.Module:
     encoder, decoder = nn.Linear(4, 2), nn.Linear(2, 4)
     decoder.weight = nn.Parameter(encoder.weight.t())
@@ -115,6 +122,7 @@ MODELS: Models = {
     "a decoder with the encoder's weight, transposed": (tied_across_submodules, (X,)),
     "one memory as other dtypes": (as_other_dtypes, None),
     "a buffer over a parameter": (buffer_and_parameter, (X,)),
+    "tensors over columns of an array": (over_columns_of_an_array, None),
     "tensors over an array": (OverAnArray, (X,)),
     "a model in a list, twice": (lambda: (lambda layer: nn.Sequential(layer, nn.ReLU(), layer))(nn.Linear(4, 4)), (X,)),
 }
@@ -152,11 +160,18 @@ def test_an_array_and_the_tensors_over_it_are_one_memory_in_the_copy() -> None:
     assert (copy.tensor[0], copy.matrix[0, 0]) == (7, 7)
 
 
-@pytest.mark.xfail(strict=True, reason="torch gives each part of an array a storage of its own, and nothing says so")
-def test_tensors_over_parts_of_an_array_are_one_memory_in_the_copy() -> None:
-    copy = round_trip(over_parts_of_an_array())
-    copy.value0[500] = 7
-    assert copy.value1[0] == 7
+def test_tensors_over_parts_of_an_array_that_share_elements_are_refused() -> None:
+    """Torch gives each a storage of its own, and nothing says that they are one memory."""
+    with pytest.raises(SplitError, match=r"Module.value0 \(a Tensor\) and Module.value1 .* lie over parts of one"):
+        split(over_parts_of_an_array())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_array_and_a_tensor_over_a_part_of_it_are_refused(later: bool) -> None:
+    array = np.arange(2000.0)
+    values = array, torch.from_numpy(array[500:1000])
+    with pytest.raises(SplitError, match="lie over parts of one memory"):
+        split(holding(*reversed(values)) if later else holding(*values))
 
 
 def test_writes_to_the_copy_never_reach_the_model() -> None:
