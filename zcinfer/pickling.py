@@ -109,6 +109,16 @@ def new_subclass(kind: type, function: Callable[..., Any], arguments: tuple[Any,
     return made
 
 
+def new_class(make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
+    """The class that cloudpickle is to make, unless it is there: a base that keeps its subclasses has brought it along.
+
+    To make it again would call the ``__init_subclass__`` of its bases again, with a class that is then thrown away.
+    """
+    tracker = arguments[-2]
+    known: type | None = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
+    return make(*arguments) if known is None else known
+
+
 def set_state(module: torch.nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Give a module its attributes, and what is in its slots."""
     attributes, slots = state

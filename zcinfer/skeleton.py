@@ -12,6 +12,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
+from enum import EnumType
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -27,6 +28,7 @@ from .pickling import (
     PRIVATE,
     is_plain,
     new_cache,
+    new_class,
     new_parametrized,
     new_subclass,
     reduce_refused,
@@ -153,6 +155,9 @@ _FUNCTIONS = {id(f): number for number, f in enumerate((_ADOPT, _ADOPT_TENSOR, _
 
 _PRIVATE = frozenset((bytes, bytearray, str))
 
+# Length of a reduction with a function that sets the state, as cloudpickle has of a class that it makes
+_WITH_STATE_SETTER = 6
+
 
 class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
     def __init__(self, file: io.BytesIO, taken: Taken):
@@ -196,6 +201,8 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
         reduced = override(obj) if override is not None else NotImplemented
         if type(obj) is FunctionType and isinstance(reduced, tuple):
             return _with_globals_of_its_module(obj, reduced)
+        if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == _WITH_STATE_SETTER:
+            return _as_one_class(obj, reduced)
         return reduced
 
 
@@ -216,6 +223,15 @@ def _with_globals_of_its_module(function: FunctionType, reduced: Any) -> Any:
         return reduced
     make, (code, _, *others), (attributes, slots), *rest = reduced
     return make, (code, _Globals(home), *others), (attributes, slots | {"__globals__": {}}), *rest
+
+
+def _as_one_class(cls: type, reduced: Any) -> Any:
+    """What cloudpickle makes of a class that travels by value, under its whole name, and never twice."""
+    make, arguments, *rest = reduced
+    if not isinstance(cls, EnumType):  # of enumerations it tells the name
+        kind, name, bases, namespace, *others = arguments
+        arguments = kind, name, bases, namespace | {"__qualname__": cls.__qualname__}, *others
+    return new_class, (make, arguments), *rest
 
 
 def _reduced_plainly(module: Module) -> Any:

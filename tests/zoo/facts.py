@@ -276,8 +276,7 @@ def differing(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def name_of(kind: type) -> str:
-    # Cloudpickle forgets within which function a class was made.
-    return kind.__qualname__.rpartition("<locals>.")[2]
+    return kind.__qualname__
 
 
 def attributes_of(value: Any) -> list[tuple[str, Any]]:

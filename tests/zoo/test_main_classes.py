@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from zcinfer.parts import join, split
+from zcinfer.parts import Parts, join, split
 from zoo.compare import buffer_of, round_trip
 from zoo.samples import Models, X, mlp
 
@@ -207,6 +208,7 @@ class Weak(nn.Module):
 MODELS: Models = {
     "a local class": (of_a_local_class, (X,)),
     "two classes of one name": (of_one_factory_twice, (X,)),
+    "a class in a registry": (of_a_registry, (X,)),
     "classes that know one another": (of_a_class_of_its_own_parts, (X,)),
     "a parametrized local class": (parametrized_local_class, (X,)),
     "classes of a script": (of_a_script, (X,)),
@@ -229,21 +231,38 @@ def test_a_cycle_ends_in_the_copy() -> None:
     assert node.child.parent is node
 
 
-@pytest.mark.xfail(strict=True, reason="cloudpickle forgets in which function a class was made, and its name counts")
-def test_a_local_class_that_another_process_has_loaded_is_the_same_model() -> None:
-    model: Any = of_a_local_class()
+def loaded_elsewhere(make: Callable[[], nn.Module]) -> tuple[Any, Parts]:
+    """A copy whose classes are new, as in another process, and what it was made of."""
+    model: Any = make()
     parts = split(model)
     del model
-    gc.collect()  # the class is gone, as in another process
-    copy = join(parts.skeleton, parts.description, buffer_of(parts))
+    gc.collect()
+    return join(parts.skeleton, parts.description, buffer_of(parts)), parts
+
+
+@pytest.mark.parametrize("make", [of_a_local_class, of_a_registry, of_a_class_of_its_own_parts, of_a_script])
+def test_a_class_that_was_made_anew_is_the_same_model(make: Callable[[], nn.Module]) -> None:
+    copy, parts = loaded_elsewhere(make)
     assert split(copy).description.digest == parts.description.digest
 
 
-@pytest.mark.xfail(strict=True, reason="cloudpickle makes the class twice; the registry has the one without methods")
+def test_a_class_that_was_made_anew_has_its_whole_name() -> None:
+    copy, _ = loaded_elsewhere(of_a_local_class)
+    assert type(copy).__qualname__ == "of_a_local_class.<locals>.Local"
+
+
 def test_a_registry_of_subclasses_has_the_class_of_the_copy() -> None:
-    copy = round_trip(of_a_registry())
+    copy, _ = loaded_elsewhere(of_a_registry)
     (base,) = type(copy).__bases__
-    assert base.registry["Layer"] is type(copy)
+    assert base.registry == {"Layer": type(copy)}
+    assert torch.equal(base.registry["Layer"]()(X), X * 2)
+
+
+def test_a_registry_of_subclasses_is_left_as_it_is() -> None:
+    model = of_a_registry()
+    (base,) = type(model).__bases__
+    copy = round_trip(model)
+    assert base.registry == {"Layer": type(model)} == {"Layer": type(copy)}
 
 
 def test_a_class_that_travels_is_one_class_however_often_it_is_met() -> None:
