@@ -36,9 +36,11 @@ def through_the_store(build: Callable[[], Module], guesses: Callable[[Any], Iter
         return "refused", [f"{type(error).__name__}: {error}"]
     except Exception as error:
         return "by tensors", [f"put or load raises {error!r}"]
-    wrong = [f"put changed the model: {what}" for what in differing(before, facts(model))]
+    after = facts(model)
+    wrong = [f"put changed the model: {what}" for what in differing(before, after)]
     wrong += ["put wrote to a tensor, or put another in its place"] if identities(model) != identical else []
-    by_output, found = compared(model, other, guesses)
+    wrong += differing(after, facts(other))
+    by_output, found = called(model, other, guesses)
     return ("by output" if by_output else "by tensors"), wrong + found
 
 
@@ -61,11 +63,9 @@ def outcome(model: Module, inputs: dict[str, Any]) -> Facts:
         return Facts(repr(error))
 
 
-def compared(
-    model: Module, other: Module, guesses: Callable[[Any], Iterable[dict[str, Any]]]
-) -> tuple[bool, list[str]]:
-    """Whether there were inputs to call both with, and in what they differ."""
-    found = differing(facts(model), facts(other))
+def called(model: Module, other: Module, guesses: Callable[[Any], Iterable[dict[str, Any]]]) -> tuple[bool, list[str]]:
+    """Whether there were inputs to call both with, and in what they then differ."""
+    found: list[str] = []
     for inputs in guesses(model):
         expected = outcome(model, inputs)
         found += differing(expected.found, outcome(other, inputs).found)
