@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +24,54 @@ from zoo.facts import Facts, differing, named
 CameOf = tuple[str, list[str]]
 
 
+# A share takes some seconds of imports and a gigabyte: more than so many are not worth it.
+MOST_PROCESSES = 4
+SECONDS = 800
+
+
 class NotBuilt(Exception):
     """There is no small model of this architecture here."""
+
+
+def by_all_cores(module: str, place: Path) -> dict[str, CameOf]:
+    """What came of the architectures of a module of this package, of which each core takes a share.
+
+    Parameters
+    ----------
+    module : str
+        Run as a program, it calls `tell`.
+    place : path
+        Directory for a registry of each process.
+    """
+    shares = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    came_of: dict[str, CameOf] = {}
+    with ExitStack() as stack:
+        processes = []
+        for number in range(shares):
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, str(number), str(shares)],
+                cwd=Path(__file__).parents[1],
+                env=os.environ | {"DASK_ZCINFER__REGISTRY": str(place / str(number))},
+                stdout=subprocess.PIPE,
+            )
+            processes.append(stack.enter_context(process))
+            stack.callback(process.kill)  # those that still run where another has failed
+        for process in processes:
+            told, _ = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, f"{module} ended with status {process.returncode}"
+            came_of |= json.loads(told)
+    return came_of
+
+
+def tell(names: Sequence[str], came: Callable[[str], CameOf]) -> None:
+    """Print what came of one share of these architectures, by the arguments of the program."""
+    number, shares = map(int, sys.argv[1:])
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    zc.connect("file")
+    # Neighbours are of one package: two processes would both import it.
+    share = names[len(names) * number // shares : len(names) * (number + 1) // shares]
+    json.dump({name: came(name) for name in share}, sys.stdout)
 
 
 def through_the_store(build: Callable[[], Module], guesses: Callable[[Any], Iterable[dict[str, Any]]]) -> CameOf:

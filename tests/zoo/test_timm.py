@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from zoo.sweep import Summary
+from zoo.sweep import Summary, by_all_cores
 from zoo.vision import CHOSEN, PLACE
 
 FEWEST = 150
@@ -27,15 +24,7 @@ FEWEST = 150
 def test_models_of_timm_come_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "zoo.vision"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"DASK_ZCINFER__REGISTRY": str(tmp_path / "registry")},
-        stdout=subprocess.PIPE,
-        timeout=800,
-        check=True,
-    )
-    came_of = json.loads(done.stdout)
+    came_of = by_all_cores("zoo.vision", tmp_path)
     summary = Summary("timm", came_of)
     record_property("timm", summary.text)
     with capsys.disabled():

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from zcinfer.parts import join, split
-from zoo import tiny
 from zoo.compare import buffer_of, compared, round_trip, state_of
 from zoo.samples import TOKENS
-from zoo.sweep import Summary, through_the_store
+from zoo.sweep import Summary, by_all_cores
 
 FEWEST = 200
 
 
-@pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Transformers without its warnings and the network, and torch on one thread: more only wait for these models."""
-    import transformers
-
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
-    transformers.logging.set_verbosity(verbosity)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("registry", "quiet")
 def test_models_of_transformers_come_back(
-    capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
 ) -> None:
-    came_of = {name: through_the_store(partial(tiny.build, name), tiny.guesses) for name in tiny.classes()}
+    came_of = by_all_cores("zoo.tiny", tmp_path)
     summary = Summary("transformers", came_of)
     record_property("transformers", summary.text)
     with capsys.disabled():

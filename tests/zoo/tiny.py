@@ -1,4 +1,7 @@
-"""Models of transformers made tiny: the default configuration of each, shrunk by the names of its attributes."""
+"""Models of transformers made tiny: the default configuration of each, shrunk by the names of its attributes.
+
+Run as a program, what came of a share, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Module
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from zoo.sweep import NotBuilt
+from zoo.sweep import NotBuilt, tell, through_the_store
 
 MOST_PARAMETERS = 5_000_000
 LAYERS, HEADS, TOKENS, POSITIONS, IMAGE, PATCHES = 2, 4, 128, 128, 64, 4
@@ -193,3 +197,10 @@ def guesses(model: Any) -> Iterator[dict[str, Any]]:
     if "inputs_embeds" in names:
         yield {"inputs_embeds": torch.randn(2, 8, hidden, generator=random)}
     yield dict(model.dummy_inputs)
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    tell(sorted(classes()), lambda name: through_the_store(partial(build, name), guesses))

@@ -1,4 +1,4 @@
-"""Small architectures of timm, two of each of its modules; run as a program, what came of each, as JSON.
+"""Small architectures of timm, two of each of its modules; run as a program, what came of a share, as JSON.
 
 A program of its own, since timm needs torchvision, whose builds are for torch's CUDA builds: beside another one it
 can only be imported with a hand, and to have it where other packages find it breaks these, as transformers.
@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-import zcinfer as zc
 from zoo.compare import seed
-from zoo.sweep import through_the_store
+from zoo.sweep import tell, through_the_store
 
 # Where `make test-slow` puts timm, and what that needs and nothing else has.
 PLACE = Path(sys.prefix) / "timm"
@@ -102,14 +101,12 @@ def _first_word(name: str) -> str:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     if sys.argv[1:] == ["choose"]:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
         lines = ",\n".join(json.dumps(model) for model in choose())
         CHOSEN.write_text(f"[\n{lines}\n]\n")
     else:
         import_timm()
-        zc.connect("file")
-        models = json.loads(CHOSEN.read_text())
-        came_of = {name: through_the_store(partial(build, name, shorter), guesses) for _, name, shorter in models}
-        json.dump(came_of, sys.stdout)
+        shorter = {name: words for _, name, words in json.loads(CHOSEN.read_text())}
+        tell([*shorter], lambda name: through_the_store(partial(build, name, shorter[name]), guesses))
