@@ -127,6 +127,7 @@ def test_listens_on_the_loopback_address_only(cluster: LocalCluster) -> None:
         {"n_workers": -1},
         {"threads_per_worker": 0},
         {"memory_limit": "much"},
+        {"workers": 2},
     ],
     ids=str,
 )

@@ -5,12 +5,14 @@ Not for several machines (`node`). Not for the work itself: see `distributed.Loc
 
 from __future__ import annotations
 
+import inspect
 import logging
 import multiprocessing
 import os
 import stat
 import tempfile
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
     ) -> None:
         _refuse_reimport()
         _refuse_exposure(kwargs)
+        _refuse_unknown(kwargs)
         if dashboard:
             check_installed()
         self._dashboard = dashboard if dashboard is not None else is_installed() and not kwargs.get("security")
@@ -289,6 +292,22 @@ def _refuse_exposure(kwargs: dict[str, Any]) -> None:
             raise SettingsError(
                 f"{name}={address!r} would listen on all addresses of this machine. Give it as '{LOOPBACK}:PORT'."
             )
+
+
+def _refuse_unknown(kwargs: dict[str, Any]) -> None:
+    """Refuse what neither Dask's cluster nor its workers take: those would only say that they could not start."""
+    ours = _arguments(LocalCluster) | _arguments(distributed.LocalCluster)
+    theirs = _arguments(distributed.Nanny) | _arguments(distributed.Worker) | _arguments(distributed.core.Server)
+    for name in sorted(kwargs.keys() - ours - theirs):
+        close = " or ".join(get_close_matches(name, sorted(ours), cutoff=0.7))
+        raise SettingsError(
+            f"LocalCluster takes no argument {name!r}: "
+            + (f"did you mean {close}?" if close else "see help(zcinfer.LocalCluster)")
+        )
+
+
+def _arguments(kind: Any) -> set[str]:
+    return set(inspect.signature(kind.__init__).parameters)
 
 
 def _preloads(asked: str | list[str] | None) -> list[str]:
