@@ -97,7 +97,13 @@ def test_halves_give_what_the_whole_would(rows: int, fits: int, most: int) -> No
         return [batch[0] * 2, batch[1][:, None]]
 
     x, y = np.arange(rows), np.arange(rows) * 3
-    double, other = in_halves(run, [x, y], most, lambda error: isinstance(error, MemoryError), told.append)
+    double, other = in_halves(
+        run,
+        [x, y],
+        lambda: min([most, *(rows // 2 for rows in told)]),
+        lambda e: isinstance(e, MemoryError),
+        told.append,
+    )
     assert np.array_equal(double, x * 2)
     assert np.array_equal(other, y[:, None] * 1)
     assert all(count > fits for count in told)

@@ -78,7 +78,7 @@ class Lengths:
 def in_halves(
     run: Callable[[Sequence[Array]], list[Array]],
     batch: Sequence[Array],
-    most: int,
+    most: Callable[[], int | None],
     is_too_large: Callable[[Exception], bool],
     told: Callable[[int], None],
 ) -> list[Array]:
@@ -90,32 +90,27 @@ def in_halves(
         Gives the outputs of a batch.
     batch : sequence of numpy.ndarray
         ``(rows, ...)`` each.
-    most : int
-        More rows than these are known to be too many.
+    most : callable
+        More rows than it gives are known to be too many.
     is_too_large : callable
         Whether an error means that.
     told : callable
-        Called with the number of rows that were too many.
+        Called with the number of rows that were too many; `most` knows from then on.
     """
-
-    def attempt(batch: Sequence[Array]) -> list[Array]:
-        nonlocal most
-        rows = len(batch[0])
-        if rows <= most:
-            try:
-                return run(batch)
-            except Exception as error:
-                if rows == 1 or not is_too_large(error):
-                    raise
-                error.__traceback__ = None  # it holds the tensors that did not fit
-            told(rows)
-            most = rows // 2
-        # The same cuts whatever was known before: halves of the batch, and not as many rows as would fit.
-        half = (rows + 1) // 2
-        parts = [attempt([array[i] for array in batch]) for i in (slice(half), slice(half, rows))]
-        return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
-
-    return attempt(batch)
+    rows, known = len(batch[0]), most()
+    if known is None or rows <= known:
+        try:
+            return run(batch)
+        except Exception as error:
+            if rows == 1 or not is_too_large(error):
+                raise
+            error.__traceback__ = None  # it holds the tensors that did not fit
+        told(rows)
+    # The same cuts whatever was known before: halves of the batch, and not as many rows as would fit.
+    half = (rows + 1) // 2
+    halves = [[array[i] for array in batch] for i in (slice(half), slice(half, rows))]
+    parts = [in_halves(run, part, most, is_too_large, told) for part in halves]
+    return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
 
 
 def name_of(rows: Index, first_row: int | None) -> str:

@@ -62,6 +62,11 @@ class Call:
         """Whether several outputs of the model are asked for."""
         return isinstance(self.output, Sequence) and not isinstance(self.output, str)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is ``model(rows)``, and its only output is what comes out."""
+        return self == _PLAIN
+
     def prepare(self, blocks: Sequence[Array], keywords: tuple[str, ...]) -> tuple[list[Array], tuple[str, ...]]:
         """Rows as the model gets them, and the names of the last of them.
 
@@ -131,6 +136,9 @@ class Call:
 
     def _as_asked(self, array: Array) -> Array:
         return array.astype(self.dtype, copy=False) if self.dtype is not None and array.dtype.kind == "f" else array
+
+
+_PLAIN = Call()
 
 
 def restore(output: torch.Tensor, rows: int, expected: Rows, trimmed: tuple[int, int] | None = None) -> Array:

@@ -431,6 +431,12 @@ class Predictor:
         place.known()  # by other processes, before the first batch
         lengths = Lengths(blocks, self.keywords, self.sort_by) if self.sort_by is not None else None
         order = lengths.order if lengths is not None else None
+
+        def too_many(rows: int) -> None:
+            log.warning("%s: %d rows do not fit into memory, halves of them are tried", name(), rows)
+            place.lower(rows // 2)
+            clock.halved += 1
+
         try:
             # Threads that take turns batch by batch find each other's data in the caches, and wait for each other every
             # time. That pays only where there is other work between batches.
@@ -449,9 +455,10 @@ class Predictor:
                             if lengths is not None:
                                 batch, trimmed = lengths.trimmed(batch, rows)
                                 forward = partial(run, trimmed=trimmed)
-                            outputs = self._in_memory(forward, batch, place, partial(name, rows), clock)
+                            outputs = in_halves(forward, batch, place.ceiling, is_out_of_memory, too_many)
                         except Exception as error:
-                            raise failed(name(rows), error) from error
+                            cause = self._cause(error)
+                            raise failed(name(rows), cause) from cause
                         for result, output in zip(results, outputs, strict=True):
                             result[rows] = output
                         clock.lap(_FROM_DEVICE)
@@ -460,28 +467,14 @@ class Predictor:
         except Exception as error:
             raise failed(f"{name()}: it cannot be used on {device}", error) from error
 
-    def _in_memory(
-        self,
-        run: Callable[[Sequence[Array]], list[Array]],
-        batch: Sequence[Array],
-        place: Place,
-        name: Callable[[], str],
-        clock: Clock,
-    ) -> list[Array]:
-        """Run a batch, in halves where it runs out of memory; how many rows were too many is remembered."""
-
-        def told(rows: int) -> None:
-            log.warning("%s: %d rows do not fit into memory, halves of them are tried", name(), rows)
-            place.lower(rows // 2)
-            clock.halved += 1
-
-        try:
-            return in_halves(run, batch, place.ceiling() or len(batch[0]), is_out_of_memory, told)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            row = sum(r.nbytes for r in self._bound().inputs)
-            raise OutputError(
-                f"one row ({format_size(row)}) does not fit into the memory of {self._device()}: {explain(error)}. Use "
-                "rows of less data, fewer workers on this device, or one with more memory"
-            ) from error
+    def _cause(self, error: Exception) -> Exception:
+        """The error of a batch; where its last row has run out of memory, one that says what to do."""
+        if not is_out_of_memory(error):
+            return error
+        row = sum(r.nbytes for r in self._bound().inputs)
+        told = OutputError(
+            f"one row ({format_size(row)}) does not fit into the memory of {self._device()}: {explain(error)}. Use "
+            "rows of less data, fewer workers on this device, or one with more memory"
+        )
+        told.__cause__ = error
+        return told

@@ -120,14 +120,12 @@ def to_tensor(block: Array, cast: str, device: torch.device) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    # Asked first what it is: each of these calls takes longer than the answer, and there is a small batch each time.
-    if tensor.dtype.is_floating_point and tensor.dtype not in _NUMPY_FLOATS:
-        tensor = tensor.float()
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg().to_dense()
-    array: Array = tensor.cpu().numpy()
+    tensor = tensor.cpu()
+    try:
+        array: Array = tensor.numpy()
+    except (RuntimeError, TypeError):  # to ask beforehand takes longer, and nearly all are as NumPy has them
+        tensor = tensor.detach().resolve_conj().resolve_neg().to_dense()
+        array = (tensor if tensor.dtype in _NUMPY_FLOATS or not tensor.is_floating_point() else tensor.float()).numpy()
     return array
 
 
