@@ -749,3 +749,15 @@ def test_killed_worker_costs_its_block_alone(tmp_path: Path, long_source: Path, 
     assert 100 in again
     assert len(again) <= 6
     assert np.array_equal(read(tmp_path / "out.zarr"), read(tmp_path / "undisturbed.zarr"))
+
+
+@pytest.mark.slow
+def test_workers_import_nothing_that_they_do_not_need(tmp_path: Path) -> None:
+    zc.put(nn.Linear(4, 3).eval(), "model")
+    np.save(tmp_path / "rows.npy", np.zeros((20, 4), np.float32))
+    with zc.LocalCluster(n_workers=1, dashboard=False) as cluster, cluster.get_client() as client:
+        zc.connect("file")
+        zc.run("model", tmp_path / "rows.npy", tmp_path / "out.zarr", block_rows=5, progress=False)
+        unneeded = {"dask.array", "xarray", "pandas", "pyarrow"}
+        (found,) = client.run(lambda: unneeded & sys.modules.keys()).values()
+    assert found == set()

@@ -22,7 +22,7 @@ from .jobreport import Report
 from .outputs import Output
 from .predictor import Predictor
 from .rows import first_rows, rows_of
-from .sources import Source, open_source
+from .sources import Source, directory_of, open_source
 from .store import ModelRef
 from .target import Target
 from .windowing import Windows
@@ -230,7 +230,7 @@ def _open_all(sources: dict[str, Any], place: Target) -> dict[str, Source | Wind
     if not sources:
         raise InputError("no input given: name one array or more, with rows along axis 0")
     for name, value in sources.items():
-        place.refuse_source(value.x if isinstance(value, Windows) else value, name)
+        place.refuse_source(directory_of(value.x if isinstance(value, Windows) else value), name)
     return {name: _open(value, name) for name, value in sources.items()}
 
 

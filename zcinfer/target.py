@@ -27,7 +27,6 @@ from .errors import BlockError, OutputError
 from .files import write_file
 from .records import Outcome, Record, join_records, read_records, write_record
 from .rows import only
-from .sources import directory_of
 
 
 class Target:
@@ -71,9 +70,8 @@ class Target:
             if os.path.lexists(place) and _manifest_of(place) is None:
                 raise OutputError(f"{place} exists and was not written by zcinfer: choose another target, or remove it")
 
-    def refuse_source(self, source: Any, name: str) -> None:
-        """Refuse a source in the place of the target, where starting over would remove it."""
-        directory = directory_of(source)
+    def refuse_source(self, directory: Path | None, name: str) -> None:
+        """Refuse a source that lies in the place of the target, where starting over would remove it."""
         for place in (self.path.resolve(), self.partial.resolve()):
             if directory is not None and (directory.is_relative_to(place) or place.is_relative_to(directory)):
                 raise OutputError(
