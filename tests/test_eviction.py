@@ -90,16 +90,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def empty(store: Any) -> Iterator[Any]:
-    for name in store.registry.names():
+    for name in store.registry.names.all():
         catalog.delete(name)
     yield store
-    for name in store.registry.names():
+    for name in store.registry.names.all():
         catalog.delete(name)
 
 
 def held(store: Any) -> set[str]:
     """Names of the models that are in the store's memory."""
-    names = {version.digest: version.name for version in store.registry.versions()}
+    names = {version.digest: version.name for version in store.registry.names.versions()}
     return {names[digest] for digest in store.usage()[2]}
 
 

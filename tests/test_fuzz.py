@@ -381,7 +381,11 @@ class Bench:
         """Use a setting that has an impossible value."""
         key = chance.choice(sorted(config._KINDS))
         with within_bounds(("settings", key)), dask.config.set({f"zcinfer.{key}": copy.deepcopy(chance.choice(ODD))}):
-            for ask in (lambda: config.get(key), config.registry_directory, lambda: Registry(self.registry).versions()):
+            for ask in (
+                lambda: config.get(key),
+                config.registry_directory,
+                lambda: Registry(self.registry).names.versions(),
+            ):
                 with contextlib.suppress(ZcinferError):
                     ask()
 
@@ -489,14 +493,14 @@ def test_a_file_is_not_written_through_a_link(tmp_path: Path) -> None:
 def test_an_archive_that_is_replaced_while_it_is_copied_gets_no_trust(bench: Bench, tmp_path: Path) -> None:
     directory = outside(bench, tmp_path)
     registry = Registry(tmp_path / "registry")
-    registry.trust(Archive(directory))
-    opened = registry.open_trusted(directory)
+    registry.seals.add(Archive(directory))
+    opened = registry.seals.open(directory)
     shutil.rmtree(directory)
     forged = Archive(with_canary(bench, directory), ours=False)
     with pytest.raises(ArchiveError, match="became another archive"):
         registry.adopt(opened, "x")
-    assert not registry.knows(forged)
-    assert registry.names() == []
+    assert forged not in registry.seals
+    assert registry.names.all() == []
 
 
 def test_a_file_that_is_cut_while_it_is_read_gives_fewer_bytes(tmp_path: Path) -> None:
@@ -521,11 +525,11 @@ def test_no_name_leads_out_of_the_registry(digest: Any, bench: Bench) -> None:
 
 
 def test_files_of_names_that_none_can_have_are_passed_over(bench: Bench) -> None:
-    names = Registry(bench.registry).names()
+    names = Registry(bench.registry).names.all()
     strange = [os.fsdecode(bench.registry / "names") + "/" + os.fsdecode(name) for name in (b"\xff.json", b"%2e.json")]
     for path in strange:
         Path(path).write_text("{}")
-    assert Registry(bench.registry).names() == names
+    assert Registry(bench.registry).names.all() == names
     for path in strange:
         os.unlink(path)
 
@@ -554,10 +558,10 @@ def test_others_can_write_to_no_part_of_a_registry(tmp_path: Path) -> None:
     assert len(parts) > 7
     assert [path for path in parts if path.stat().st_mode & 0o022] == []
     registry.directory.chmod(0o755)
-    registry.archive(registry.resolve("x").digest)
+    registry.archive(registry.names.resolve("x").digest)
     for part, ask in (
-        ("names", registry.versions),
-        ("names/x.json", registry.versions),
+        ("names", registry.names.versions),
+        ("names/x.json", registry.names.versions),
         ("archives", lambda: registry.archive(digest)),
         (f"archives/{digest}/{SKELETON}", lambda: registry.archive(digest)),
     ):
@@ -572,7 +576,7 @@ def test_a_disk_that_fills_meanwhile_gives_sizes(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("zcinfer.archive.create", lambda path: open("/dev/full", "wb"))  # noqa: SIM115
     with pytest.raises(StoreFull, match=r"a model of 5.2 kB does not fit .*No space left on device"):
         registry.add(split(nn.Linear(3, 3)), "x")
-    assert registry.names() == []
+    assert registry.names.all() == []
 
 
 SETTINGS = [("trust-registry", "false"), ("ray.timeout", "soon"), ("ray.timeout", float("nan")), ("residents", -1)]

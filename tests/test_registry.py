@@ -71,7 +71,7 @@ def flip(path: Path, position: int) -> None:
 def test_what_is_added_is_found(registry: Registry) -> None:
     version = registry.add(A, "x")
     assert str(version) == "x@1"
-    assert registry.resolve("x") == version
+    assert registry.names.resolve("x") == version
     archive = registry.archive(version.digest)
     assert archive.description == A.description
     assert archive.weights().tobytes() == b"".join(A.pieces())
@@ -84,20 +84,20 @@ def test_versions_count_up(registry: Registry) -> None:
 def test_the_same_content_again_is_no_new_version(registry: Registry) -> None:
     first = registry.add(A, "x")
     assert registry.add(A, "x") == first
-    assert registry.versions() == [first]
+    assert registry.names.versions() == [first]
 
 
 def test_going_back_to_old_content_is_a_new_version(registry: Registry) -> None:
     digests = [registry.add(p, "x").digest for p in (A, B, A)]
-    assert [version.version for version in registry.versions()] == [1, 2, 3]
-    assert digests[0] == digests[2] == registry.resolve("x").digest
+    assert [version.version for version in registry.names.versions()] == [1, 2, 3]
+    assert digests[0] == digests[2] == registry.names.resolve("x").digest
     assert len(archives(registry)) == 2
 
 
 def test_an_older_version_is_had_by_its_number(registry: Registry) -> None:
     versions = [registry.add(p, "x") for p in (A, B, C)]
-    assert [registry.resolve(f"x@{number}") for number in (1, 2, 3)] == versions
-    assert registry.resolve("x") == versions[2]
+    assert [registry.names.resolve(f"x@{number}") for number in (1, 2, 3)] == versions
+    assert registry.names.resolve("x") == versions[2]
 
 
 @pytest.mark.parametrize("name", ["x@0", "x@3", "x@-1", "x@01", "x@one", "x@1@1", "x@ 1"])
@@ -105,39 +105,39 @@ def test_no_such_version(name: str, registry: Registry) -> None:
     registry.add(A, "x")
     registry.add(B, "x")
     with pytest.raises(ModelNotFound, match="there are 1, 2"):
-        registry.resolve(name)
+        registry.names.resolve(name)
 
 
 def test_an_empty_number_is_refused(registry: Registry) -> None:
     registry.add(A, "x")
     with pytest.raises(SettingsError, match="names no version"):
-        registry.resolve("x@")
+        registry.names.resolve("x@")
 
 
 def test_names_share_an_archive(registry: Registry) -> None:
     assert registry.add(A, "x").digest == registry.add(A, "y").digest
     assert len(archives(registry)) == 1
-    assert registry.names() == ["x", "y"]
+    assert registry.names.all() == ["x", "y"]
 
 
 def test_an_unknown_name_brings_the_nearest(registry: Registry) -> None:
     for name in ("bert-base", "bert-large", "resnet"):
         registry.add(A, name)
     with pytest.raises(ModelNotFound, match=r"'bert-bass'.*'bert-base'") as caught:
-        registry.resolve("bert-bass")
+        registry.names.resolve("bert-bass")
     assert "resnet" not in str(caught.value)
 
 
 def test_a_name_like_no_other_brings_all(registry: Registry) -> None:
     registry.add(A, "resnet")
     with pytest.raises(ModelNotFound, match="'resnet'"):
-        registry.resolve("zzz")
+        registry.names.resolve("zzz")
 
 
 def test_an_empty_registry_says_so_and_is_not_made(registry: Registry) -> None:
     with pytest.raises(ModelNotFound, match="empty"):
-        registry.resolve("x")
-    assert registry.names() == registry.versions() == []
+        registry.names.resolve("x")
+    assert registry.names.all() == registry.names.versions() == []
     assert not registry.directory.exists()
 
 
@@ -162,13 +162,13 @@ BAD = ["", ".", "..", "../x", "/x", "./x", ".x", "-x", "a@1", "a b", "a\n", "a\0
 @pytest.mark.parametrize("name", [*GOOD, "a/" * 60])
 def test_a_good_name_comes_back_and_stays_inside(name: str, registry: Registry, tmp_path: Path) -> None:
     registry.add(A, name)
-    assert registry.names() == [name]
-    assert registry.resolve(f"{name}@1") == registry.resolve(name)
+    assert registry.names.all() == [name]
+    assert registry.names.resolve(f"{name}@1") == registry.names.resolve(name)
     assert os.listdir(tmp_path) == ["registry"]
     assert len(os.listdir(registry.directory / "names")) == 1
     assert litter(registry) == set()
     registry.remove(name)
-    assert registry.names() == []
+    assert registry.names.all() == []
 
 
 @pytest.mark.parametrize("name", [*BAD, "a" * 201, "a/" * 100])
@@ -181,7 +181,7 @@ def test_a_bad_name_is_refused_before_anything_is_written(name: str, registry: R
 @pytest.mark.parametrize("name", [bad for bad in BAD if "@" not in bad])
 def test_a_bad_name_is_not_looked_for(name: str, registry: Registry) -> None:
     with pytest.raises(SettingsError):
-        registry.resolve(name)
+        registry.names.resolve(name)
     with pytest.raises(SettingsError):
         registry.remove(name)
 
@@ -189,7 +189,7 @@ def test_a_bad_name_is_not_looked_for(name: str, registry: Registry) -> None:
 def test_all_good_names_live_side_by_side(registry: Registry) -> None:
     for name in GOOD:
         registry.add(A, name)
-    assert registry.names() == sorted(GOOD)
+    assert registry.names.all() == sorted(GOOD)
 
 
 # --- removal -------------------------------------------------------------------------------------------------------
@@ -200,14 +200,14 @@ def test_removing_frees_what_no_name_refers_to(registry: Registry) -> None:
     registry.add(B, "y")
     assert registry.remove("x") == [first.digest]
     assert archives(registry) == {shared.digest, kept.digest}
-    assert registry.names() == ["y"]
+    assert registry.names.all() == ["y"]
     assert litter(registry) == set()
 
 
 def test_removing_one_version_keeps_the_others(registry: Registry) -> None:
     first, second = registry.add(A, "x"), registry.add(B, "x")
     assert registry.remove("x@1") == [first.digest]
-    assert registry.versions() == [second]
+    assert registry.names.versions() == [second]
     assert archives(registry) == {second.digest}
 
 
@@ -215,7 +215,7 @@ def test_content_that_another_version_has_is_kept(registry: Registry) -> None:
     for content in (A, B, A):
         registry.add(content, "x")
     assert registry.remove("x@1") == []
-    assert registry.archive(registry.resolve("x@3").digest).weights().any()
+    assert registry.archive(registry.names.resolve("x@3").digest).weights().any()
 
 
 @pytest.mark.parametrize("gone", ["x", "x@2"])
@@ -225,7 +225,7 @@ def test_a_number_is_never_given_again(gone: str, registry: Registry) -> None:
     registry.add(B, "x")
     registry.remove(gone)
     with pytest.raises(ModelNotFound):
-        registry.resolve("x@2")
+        registry.names.resolve("x@2")
     assert registry.add(C, "x").version == 3
 
 
@@ -233,14 +233,14 @@ def test_a_version_is_removed_only_if_it_is_what_was_meant(registry: Registry) -
     version = registry.add(A, "x")
     with pytest.raises(ModelNotFound, match="another model"):
         registry.remove("x@1", digest=B.description.digest)
-    assert registry.versions() == [version]
+    assert registry.names.versions() == [version]
     assert registry.remove("x@1", digest=A.description.digest) == [version.digest]
 
 
 def test_removing_the_last_version_removes_the_name(registry: Registry) -> None:
     registry.add(A, "x")
     registry.remove("x@1")
-    assert registry.names() == []
+    assert registry.names.all() == []
     assert archives(registry) == set()
 
 
@@ -249,7 +249,7 @@ def test_removing_what_is_not_there_changes_nothing(name: str, registry: Registr
     version = registry.add(A, "x")
     with pytest.raises(ModelNotFound):
         registry.remove(name)
-    assert registry.versions() == [version]
+    assert registry.names.versions() == [version]
 
 
 def test_who_has_a_model_mapped_keeps_it(registry: Registry) -> None:
@@ -333,7 +333,7 @@ def test_damaged_versions_are_named(text: str, registry: Registry) -> None:
     registry.add(A, "x")
     (registry.directory / "names" / "x.json").write_text(text)
     with pytest.raises(ArchiveError, match=r"names/x\.json"):
-        registry.resolve("x")
+        registry.names.resolve("x")
 
 
 def failing(content: Parts) -> Parts:
@@ -345,7 +345,7 @@ def test_an_add_that_fails_leaves_nothing(registry: Registry) -> None:
     kept = registry.add(B, "x")
     with pytest.raises(ValueError, match="shorter"):
         registry.add(failing(A), "x")
-    assert registry.versions() == [kept]
+    assert registry.names.versions() == [kept]
     assert archives(registry) == {kept.digest}
     assert litter(registry) == set()
 
@@ -374,31 +374,31 @@ def saved(registry: Registry, tmp_path: Path) -> Path:
 
 
 def test_what_this_user_saved_opens(registry: Registry, saved: Path) -> None:
-    archive = registry.open_trusted(saved)
+    archive = registry.seals.open(saved)
     copy = join(archive.skeleton(), archive.description, archive.weights())
     assert split(copy).description == A.description
     assert os.listdir(saved.parent) == ["archive"]
 
 
 def test_saving_registers_no_name(registry: Registry, saved: Path) -> None:
-    assert registry.names() == []
+    assert registry.names.all() == []
 
 
 def test_a_copy_of_what_this_user_saved_opens(registry: Registry, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "copy")
-    assert registry.open_trusted(tmp_path / "copy").description == A.description
+    assert registry.seals.open(tmp_path / "copy").description == A.description
 
 
 def test_what_is_in_the_registry_opens_from_there_too(registry: Registry) -> None:
     version = registry.add(A, "x")
-    registry.open_trusted(registry.directory / "archives" / version.digest)
+    registry.seals.open(registry.directory / "archives" / version.digest)
 
 
 def test_another_users_archive_is_refused(saved: Path, tmp_path: Path) -> None:
     stranger = Registry(tmp_path / "stranger")
     stranger.add(B, "x")
     with pytest.raises(UntrustedArchive, match="--trust"):
-        stranger.open_trusted(saved)
+        stranger.seals.open(saved)
 
 
 def test_a_registry_of_another_user_with_the_same_model_does_not_vouch(saved: Path, tmp_path: Path) -> None:
@@ -408,13 +408,13 @@ def test_a_registry_of_another_user_with_the_same_model_does_not_vouch(saved: Pa
     text = json.loads((saved / DESCRIPTION).read_bytes())
     (saved / DESCRIPTION).write_text(json.dumps(text | {"class_name": "other.Linear"}, indent=1))
     with pytest.raises(UntrustedArchive):
-        stranger.open_trusted(saved)
+        stranger.seals.open(saved)
 
 
 def test_a_changed_skeleton_is_refused(registry: Registry, saved: Path) -> None:
     flip(saved / SKELETON, 5)
     with pytest.raises(ArchiveError, match=SKELETON):
-        registry.open_trusted(saved)
+        registry.seals.open(saved)
 
 
 def test_a_changed_skeleton_with_its_new_digest_is_refused(registry: Registry, saved: Path) -> None:
@@ -424,7 +424,7 @@ def test_a_changed_skeleton_with_its_new_digest_is_refused(registry: Registry, s
     (saved / SKELETON).write_bytes(evil)
     (saved / DESCRIPTION).write_text(json.dumps(description, indent=1))
     with pytest.raises(UntrustedArchive):
-        registry.open_trusted(saved)
+        registry.seals.open(saved)
 
 
 def test_changed_weights_are_refused_whatever_the_stamp_says(registry: Registry, saved: Path) -> None:
@@ -432,7 +432,7 @@ def test_changed_weights_are_refused_whatever_the_stamp_says(registry: Registry,
     archive = Archive(saved)
     (saved / "verified.json").write_text(json.dumps(archive._stamp()))
     with pytest.raises(ArchiveError, match=WEIGHTS):
-        registry.open_trusted(saved)
+        registry.seals.open(saved)
 
 
 def test_saving_over_something_is_refused(registry: Registry, tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def writer() -> Iterator[Writer]:
 def test_processes_that_add_the_same_model_make_one_version(model: str, writer: Writer, registry: Registry) -> None:
     writer.start(registry, *[(model, "x")] * 4)
     assert writer.ended() == [0] * 4
-    (version,) = registry.versions()
+    (version,) = registry.names.versions()
     assert (version.version, version.digest) == (1, writer.digests[model])
     registry.archive(version.digest).verify()
     assert archives(registry) == {version.digest}
@@ -528,10 +528,10 @@ def test_processes_that_add_the_same_model_make_one_version(model: str, writer: 
 def test_processes_that_add_different_models_lose_none(writer: Writer, registry: Registry) -> None:
     writer.start(registry, ("small", "x"), ("other", "x"), ("large", "x"), ("small", "y"), ("other", "z"))
     assert writer.ended() == [0] * 5
-    of_x = [version for version in registry.versions() if version.name == "x"]
+    of_x = [version for version in registry.names.versions() if version.name == "x"]
     assert [version.version for version in of_x] == [1, 2, 3]
     assert {version.digest for version in of_x} == set(writer.digests.values()) == archives(registry)
-    assert registry.names() == ["x", "y", "z"]
+    assert registry.names.all() == ["x", "y", "z"]
 
 
 def written(registry: Registry, nbytes: int) -> bool:
@@ -562,8 +562,8 @@ def test_a_process_killed_while_it_adds_leaves_nothing_half(moment: str, writer:
     os.kill(pid, signal.SIGKILL)
     writer.ended()
 
-    if registry.names():
-        assert registry.resolve("x").digest == digest
+    if registry.names.all():
+        assert registry.names.resolve("x").digest == digest
     if (registry.directory / "archives" / digest).exists():
         registry.archive(digest).verify()
 
@@ -574,7 +574,7 @@ def test_a_process_killed_while_it_adds_leaves_nothing_half(moment: str, writer:
     writer.start(registry, ("large", "x"))
     assert writer.ended() == [0]
     registry.archive(digest).verify()
-    assert registry.resolve("x").version == 1
+    assert registry.names.resolve("x").version == 1
 
 
 def test_what_an_ended_process_left_is_cleared(registry: Registry) -> None:
@@ -587,7 +587,7 @@ def test_what_an_ended_process_left_is_cleared(registry: Registry) -> None:
 
 
 def test_what_a_process_still_writes_is_kept(registry: Registry) -> None:
-    with registry._temporary() as mine:
+    with registry.shared.temporary() as mine:
         registry.add(A, "x")
         assert mine.exists()
     assert litter(registry) == set()

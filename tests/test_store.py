@@ -198,7 +198,7 @@ def test_a_full_store_gives_sizes_and_names(ray_store: Store) -> None:
     with pytest.raises(StoreFull, match=r"256\.0 MB does not fit.*200\.0 MB.*small@1.*zcinfer rm"):
         publishing.put(too_big, "too-big")
     # Refused before it begins: nothing is left to delete.
-    assert "too-big" not in Registry(ray_store.registry.directory).names()
+    assert "too-big" not in Registry(ray_store.registry.directory).names.all()
 
 
 @pytest.mark.ray

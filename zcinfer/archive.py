@@ -8,7 +8,7 @@
     The table and the digests of the other two. Its own SHA-256, the *seal*, stands for the whole archive; the header
     of the weights repeats it.
 
-Not for names and versions, nor for whom to trust: see `registry`.
+Not for names and versions, nor for whom to trust: see `names` and `seals`.
 """
 
 from __future__ import annotations

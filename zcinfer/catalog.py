@@ -21,7 +21,8 @@ from . import config
 from .archive import Archive
 from .description import Description
 from .errors import ArchiveError, ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
-from .registry import Registry, Version
+from .names import Version
+from .registry import Registry
 from .store import Budget, FileStore, ModelRef, Store, disk_budget, registry_of
 from .stores import drop_store, keep_store, open_store
 
@@ -144,7 +145,7 @@ def resolve(model: str | ModelRef) -> ModelRef:
         return model
     if not isinstance(model, str):
         raise SettingsError(f"a model is given by its name or its ModelRef, found {type(model).__name__}: put it first")
-    return ref_of(registry().resolve(model))
+    return ref_of(registry().names.resolve(model))
 
 
 def ref_of(version: Version) -> ModelRef:
@@ -213,7 +214,7 @@ def models() -> pd.DataFrame:
 
     found = registry()
     rows = []
-    for version in found.versions():
+    for version in found.names.versions():
         try:
             described, base = found.local(version.digest).description, found.base(version.digest)
             nbytes, private = described.nbytes, described.private_nbytes

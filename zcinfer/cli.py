@@ -144,7 +144,7 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         name, archive = str(ref), catalog.archive(ref)
     if verify:
         archive.verify()
-    description, known = archive.description, catalog.registry().knows(archive)
+    description, known = archive.description, archive in catalog.registry().seals
     facts = {
         "model": name,
         "class": description.class_name,

@@ -56,6 +56,11 @@ BUFFER_DTYPES = frozenset(
 _NUMPY = {name: np.dtype(name) for name in BUFFER_DTYPES - {"bfloat16"}}
 
 
+def is_digest(text: str) -> bool:
+    """Whether a text can be the digest of a model: SHA-256, as lower-case hexadecimal digits."""
+    return bool(re.fullmatch("[0-9a-f]{64}", text))
+
+
 class TensorSpec(NamedTuple):
     """One tensor as a view of a storage: ``offset``, ``size`` and ``stride`` count elements of ``dtype``.
 
@@ -238,7 +243,7 @@ def _check(description: Description) -> None:
     _numbers((description.nbytes, description.skeleton_nbytes, *(nbytes for _, nbytes in description.private)))
     if description.in_base:
         raise ValueError("an archive is whole, and has no storages elsewhere")
-    if not re.fullmatch("[0-9a-f]{64}", description.digest):
+    if not is_digest(description.digest):
         raise ValueError(f"the digest is {description.digest!r}")
     _numbers(number for storage in description.storages for number in storage[:2])
     _only(str, (text for storage in description.storages for text in storage[2:]))

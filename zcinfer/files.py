@@ -1,7 +1,7 @@
 """Small files that others may have made or spoilt: never waited for, read up to a limit, replaced as a whole.
 
 For archives, the registry's names, and what else is read before anybody has vouched for it. Not for arrays, and not for
-whom to trust (`registry`).
+whom to trust (`seals`).
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ class Holder:
                 self.forget(digest)
 
     def _refuse(self, nbytes: int, registry: str, why: str, evict: bool) -> NoReturn:
-        names = {version.digest: str(version) for version in Registry(registry).versions()}
+        names = {version.digest: str(version) for version in Registry(registry).names.versions()}
         held, used = self.usage()[2], self.in_use()
         listed = ", ".join(
             f"{names.get(digest, digest[:12])} ({format_size(size)}{', in use' if digest in used else ''})"

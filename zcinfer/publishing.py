@@ -20,9 +20,9 @@ from .description import Description
 from .errors import ModelNotFound, OutputError, SettingsError, ZcinferError
 from .loading import load_ref
 from .machines import machines_without
+from .names import Version, check_name
 from .parts import join, split
 from .progress import bytes_bar
-from .registry import Version, check_name
 from .sizes import format_size
 from .store import ModelRef
 
@@ -88,10 +88,10 @@ def put(
         path = Path(model)
         if not os.path.isdir(path):  # Path.is_dir raises where a name is too long, or may not be asked for
             raise ModelNotFound(f"no archive at {path}: pass a module, or the directory of an archive that save wrote")
-        opened = registry.open_trusted(path, trust)
+        opened = registry.seals.open(path, trust)
         name = name or path.name
         check_name(name)
-        if registry.knows(opened):
+        if opened in registry.seals:
             copied = name
             return _publish(opened.description, name, base, lambda shared: registry.adopt(opened, copied, shared))
         # Another's: its digest may say anything, and is found anew.

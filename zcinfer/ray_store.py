@@ -189,7 +189,7 @@ class RayStore:
             self._timeout, lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory, evict))
         )
         if gone:
-            names = {version.digest: str(version) for version in self.registry.versions()}
+            names = {version.digest: str(version) for version in self.registry.names.versions()}
             log.warning(
                 "to make room for a model of %s, %s left the shared memory of Ray at %s: nobody used them. They come "
                 "back from their archives when they are asked for.",
