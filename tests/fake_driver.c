@@ -2,6 +2,7 @@
  *
  *     cc -shared -fPIC -o libnvidia-ml.so.1 fake_driver.c
  *
+ * With -DOLDER it is an older driver, without functions that came later: the newer names of temperature and clock reasons.
  * The real pynvml loads it in a process that is started with its directory in LD_LIBRARY_PATH. Two cards: 0 is whole, 1 is
  * in MIG mode, with instances at places 0 and 2. By the environment:
  *
@@ -16,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { SUCCESS, UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
 enum { MOST_CARDS = 8, MOST_INSTANCES = 7 };
@@ -24,6 +26,7 @@ typedef unsigned int uint;
 typedef unsigned long long ull;
 typedef struct { uint card; int instance; } handle; /* instance -1: the card itself */
 typedef struct { uint pid; ull bytes; uint gpu_instance, compute_instance; } process;
+typedef struct { uint pid; ull at; uint multiprocessors, memory, encoder, decoder; } sample;
 typedef struct {
     char legacy_id[16];
     uint domain, bus, device, id, subsystem;
@@ -324,6 +327,8 @@ int nvmlDeviceGetMemoryInfo_v2(const handle *h, ull *out) /* version, total, res
 int nvmlDeviceGetUtilizationRates(const handle *h, uint *out) /* gpu, memory */
 {
     OF_CARD(h);
+    if (is_partitioned(h->card))
+        return NOT_SUPPORTED;
     out[0] = 50 + h->card;
     out[1] = 20 + h->card;
     return SUCCESS;
@@ -337,12 +342,14 @@ int nvmlDeviceGetTemperature(const handle *h, uint sensor, uint *celsius)
     return SUCCESS;
 }
 
+#ifndef OLDER
 int nvmlDeviceGetTemperatureV(const handle *h, uint *out) /* version, sensor, celsius */
 {
     OF_CARD(h);
     out[2] = 60 + h->card;
     return SUCCESS;
 }
+#endif
 
 int nvmlDeviceGetPowerUsage(const handle *h, uint *milliwatts)
 {
@@ -372,22 +379,50 @@ int nvmlDeviceGetMaxClockInfo(const handle *h, uint kind, uint *megahertz)
     return SUCCESS;
 }
 
-int nvmlDeviceGetCurrentClocksEventReasons(const handle *h, ull *reasons)
+int nvmlDeviceGetCurrentClocksThrottleReasons(const handle *h, ull *reasons)
 {
     OF_CARD(h);
-    *reasons = h->card == 0 ? 0x4 : 0x1; /* power cap; idle */
+    *reasons = h->card == 0 ? 0x1 | 0x4 | 0x20 : 0x1; /* idle, power cap, temperature; idle */
     return SUCCESS;
 }
 
+#ifndef OLDER
+int nvmlDeviceGetCurrentClocksEventReasons(const handle *h, ull *reasons)
+{
+    OF_CARD(h);
+    return nvmlDeviceGetCurrentClocksThrottleReasons(h, reasons);
+}
+#endif
+
+/* Another's process on each; on card 0 the one that asks, too */
 int nvmlDeviceGetComputeRunningProcesses_v3(const handle *h, uint *number, process *out)
 {
+    uint there = h->card == 0 ? 2 : 1, room = *number;
     ASK(h->card);
-    if (*number < 1) {
-        *number = 1;
+    *number = there;
+    if (room < there)
         return INSUFFICIENT_SIZE;
-    }
-    *number = 1;
     out[0] = (process){1, used(h), 0xffffffff, 0xffffffff};
+    if (there > 1)
+        out[1] = (process){(uint)getpid(), 1234567890, 0xffffffff, 0xffffffff};
+    return SUCCESS;
+}
+
+/* Samples of both, once a program: nothing ran since */
+int nvmlDeviceGetProcessUtilization(const handle *h, sample *out, uint *number, ull since)
+{
+    static int told;
+    uint own = (uint)getpid(), room = *number;
+    ASK(h->card);
+    if (told)
+        return NOT_FOUND;
+    *number = 3;
+    if (room < 3)
+        return INSUFFICIENT_SIZE;
+    out[0] = (sample){own, since + 1, 30, 0, 0, 0};
+    out[1] = (sample){own, since + 2, 50, 0, 0, 0};
+    out[2] = (sample){1, since + 3, 99, 0, 0, 0};
+    told = 1;
     return SUCCESS;
 }
 

@@ -14,6 +14,7 @@ import pytest
 from zcinfer.device import Device, Inventory
 
 WHOLE = "GPU-a0a0a0a0-0000-0000-0000-000000000000"
+THIRD = "GPU-c2c2c2c2-0000-0000-0000-000000000000"
 SPLIT = "GPU-b1b1b1b1-0000-0000-0000-000000000000"
 FIRST, SECOND = (f"MIG-b1b1b1b1-0000-0000-0000-00000000000{number}" for number in (0, 2))
 
@@ -35,25 +36,14 @@ def uuids(devices: Iterable[Device]) -> list[str]:
     return [device.uuid for device in devices]
 
 
-def build(directory: Path, source_name: str = "fake_driver.c") -> dict[str, str]:
-    """Build a library; variables with which a process that is started then loads it."""
+def build(directory: Path, *options: str) -> dict[str, str]:
+    """Build the library, with options of the compiler; variables with which a process that is started then loads it."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler to build the driver's library with (Debian: apt-get install gcc)")
-    source = Path(__file__).with_name(source_name)
-    command = [
-        compiler,
-        "-Wall",
-        "-Wextra",
-        "-Wno-unused-parameter",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        "-o",
-        directory / "libnvidia-ml.so.1",
-        source,
-    ]
-    subprocess.run(command, check=True)
+    source = Path(__file__).with_name("fake_driver.c")
+    flags = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *options]
+    subprocess.run([compiler, *flags, "-o", directory / "libnvidia-ml.so.1", source], check=True)
     paths = [str(directory), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
 

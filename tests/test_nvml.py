@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
-from nvml import build
+from nvml import FIRST, THIRD, WHOLE, build, run
 from processes import wait_until
 
 from zcinfer import nvml, sampling
@@ -23,74 +20,63 @@ from zcinfer.observer import Observer
 
 pytest.importorskip("pynvml", reason="no package nvidia-ml-py (pip install 'zcinfer[gpu]')")
 
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a driver's library."""
-    folder = tmp_path_factory.mktemp("driver")
-    build(folder, "fake_nvml.c")
-    return folder
-
+# Three cards: the second is divided (MIG), the third tells this user little.
+THREE = {
+    "FAKE_NVML_CARDS": "3",
+    "FAKE_NVML_FAIL": "nvmlDeviceGetPowerUsage@2=4,nvmlDeviceGetClockInfo@2=15,nvmlDeviceGetMigMode@2=3",
+}
 
 READ = """
-import json, os, sys
+import json, os
 from zcinfer import nvml
 answers = []
-for shown in json.loads(sys.argv[1]):
+for shown in json.loads(os.environ["SHOWN"]):
     os.environ.update({} if shown is None else {"CUDA_VISIBLE_DEVICES": shown})
     answers.append([nvml.present(), nvml.read()])
 print(json.dumps(answers))
 """
 
 
-def answers(driver: Path | None, *shown: str | None, **environment: str) -> list[tuple[bool, Any]]:
+def answers(driver: dict[str, str], *shown: str | None) -> list[tuple[bool, Any]]:
     """Whether there are cards, and what is told of them, for values of CUDA_VISIBLE_DEVICES."""
-    unset = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
-    path = {"LD_LIBRARY_PATH": str(driver)} if driver is not None else {}
-    ran = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps(shown)],
-        env=unset | path | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [(present, found) for present, found in json.loads(ran.stdout)]
+    return [(present, found) for present, found in json.loads(run(READ, driver | {"SHOWN": json.dumps(shown)}))]
 
 
-def test_each_figure_is_told_or_why_it_is_not(driver: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["-DOLDER"]], ids=["newer", "older"])
+def test_each_figure_is_told_or_why_it_is_not(options: list[str], tmp_path: Path) -> None:
     (_, every), (_, one), (_, mig), (none, _), (_, odd) = answers(
-        driver, None, "GPU-plain", "MIG-instance", "", "7,GPU-gone"
+        build(tmp_path, *options) | THREE, None, WHOLE, FIRST, "", "7,GPU-gone"
     )
     plain, divided, forbidden = every
     figures = {
-        "utilization": 73.0,
-        "memory_busy": 41.0,
-        "memory_used": 2e9,
-        "memory_total": 80e9,
-        "temperature": 61.0,
-        "power": 312.5,
+        "utilization": 50.0,
+        "memory_busy": 20.0,
+        "memory_used": float(1 << 30),
+        "memory_total": float(80 << 30),
+        "temperature": 60.0,
+        "power": 300.0,
         "power_limit": 700.0,
-        "clock": 1980.0,
-        "clock_memory": 2619.0,
+        "clock": 1501.0,
+        "clock_memory": 1502.0,
         "own_memory": 1234567890.0,
         "own_utilization": 40.0,
     }
     assert figures.keys() == FIGURES.keys()
-    named = {"card": "0", "name": "Fake A", "uuid": "GPU-plain", "throttled": "power limit, temperature"}
+    named = {"card": "0", "name": "NVIDIA H100", "uuid": WHOLE, "throttled": "power limit, temperature"}
     assert plain == figures | named
     # Asked for by its id, a second time: nothing ran since.
-    assert one == [plain | {"card": "GPU-plain", "own_utilization": 0.0}]
+    assert one == [plain | {"card": WHOLE, "own_utilization": 0.0}]
 
     assert divided["utilization"] == divided["memory_busy"] == "unavailable: not told while the card is divided (MIG)"
-    assert (divided["memory_total"], divided["power"]) == (80e9, 312.5)
+    assert (divided["memory_total"], divided["power"]) == (80 << 30, 301.0)
     # Of an instance the memory is its own, the rest is the whole card's.
     (instance,) = mig
-    assert (instance["memory_total"], instance["temperature"], instance["power"]) == (10e9, 61.0, 312.5)
+    assert (instance["memory_total"], instance["temperature"], instance["power"]) == (10 << 30, 61.0, 301.0)
     assert instance["utilization"] == "unavailable: not told while the card is divided (MIG)"
 
     assert forbidden["power"] == "unavailable: this user may not read it"
     assert forbidden["clock"].startswith("unavailable: GPU is lost")
-    assert forbidden["utilization"] == 73.0
+    assert forbidden["utilization"] == 52.0
     assert forbidden["own_memory"].startswith("unavailable: the driver lists no process ")
 
     assert not none
@@ -98,8 +84,8 @@ def test_each_figure_is_told_or_why_it_is_not(driver: Path) -> None:
     assert all(value.startswith("unavailable: ") for card in odd for value in (card[name] for name in FIGURES))
 
 
-def test_a_driver_that_is_not_loaded_says_so(driver: Path) -> None:
-    ((present, found),) = answers(driver, None, FAKE_NVML_INIT="9")
+def test_a_driver_that_is_not_loaded_says_so(driver: dict[str, str]) -> None:
+    ((present, found),) = answers(driver | {"FAKE_NVML_FAIL": "nvmlInitWithFlags=9"}, None)
     assert present
     assert found == "unavailable: Driver Not Loaded"
 
@@ -147,10 +133,11 @@ def test_what_fails_is_told() -> None:
 
 
 @pytest.fixture
-def client(driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def client(driver: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """A worker that sees the cards 0 and 2 of that driver."""
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))  # read once, when a process starts
-    environment = {
+    monkeypatch.setenv("LD_LIBRARY_PATH", driver["LD_LIBRARY_PATH"])  # read once, when a process starts
+    environment = THREE | {
+        "FAKE_NVML_CPUS": "0",  # the worker keeps all of them
         "CUDA_VISIBLE_DEVICES": "0,2",
         "DASK_DISTRIBUTED__DIAGNOSTICS__NVML": "false",
     }
@@ -168,10 +155,10 @@ def test_cards_ride_on_the_heartbeat_and_have_a_history(client: Client) -> None:
     wait_until(lambda: any(device["gpus"] for device in told()["devices"]), 20)
     (device,) = told()["devices"]
     assert [(card["uuid"], card["utilization"]) for card in device["gpus"]] == [
-        ("GPU-plain", 73.0),
-        ("GPU-forbidden", 73.0),
+        (WHOLE, 50.0),
+        (THIRD, 52.0),
     ]
     wait_until(lambda: "gpu" in next(iter(told()["history"].values())), 20)
     (history,) = told()["history"].values()
-    assert [history[name][-1] for name in GPU_COLUMNS] == [73.0, 4e9]
+    assert [history[name][-1] for name in GPU_COLUMNS] == [51.0, 4 << 30]
     assert all(len(history[name]) == len(history["seconds"]) for name in GPU_COLUMNS)

@@ -20,6 +20,25 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 BY_PLACE = "PCI_BUS_ID"
 
 
+def shown(environment: Mapping[str, str]) -> list[str] | None:
+    """Names in CUDA_VISIBLE_DEVICES, numbers or ids, as CUDA reads it; None: it is not set, and all cards are shown.
+
+    Examples
+    --------
+    >>> shown({"CUDA_VISIBLE_DEVICES": "1, GPU-8f, -1, 0"})
+    ['1', 'GPU-8f']
+    """
+    if VISIBLE not in environment:
+        return None
+    found = []
+    for part in environment[VISIBLE].split(","):
+        name = part.strip()
+        if not (name.isdecimal() or name.startswith(("GPU-", "MIG-"))):
+            break  # what comes after one that is none is hidden, too
+        found.append(name)
+    return found
+
+
 @dataclass(frozen=True)
 class Device:
     """A GPU, or an instance of one in MIG mode: what one process can be given.
@@ -91,14 +110,15 @@ class Inventory:
         SettingsError
             It counts cards in an order that cannot be told.
         """
-        if VISIBLE not in environment:
+        names = shown(environment)
+        if names is None:
             return self.devices
         found: list[Device] = []
-        for text in environment[VISIBLE].split(","):
-            named = self.named(text.strip())
+        for name in names:
+            named = self.named(name)
             if not named:
                 break  # as CUDA does: what comes after the first that is none does not count
-            if text.strip().isdecimal():
+            if name.isdecimal():
                 self._check_order(environment)
             found += named
         return tuple(found)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .condition import UNAVAILABLE
+from .device import BY_PLACE, ORDER, shown
 
 # A figure, or "unavailable: <reason>"
 Figure = float | str
@@ -49,35 +50,13 @@ _NO_PACKAGE = "the package nvidia-ml-py is not installed (pip install 'zcinfer[g
 
 def present() -> bool:
     """Whether this process may have cards: there is a driver, and ``CUDA_VISIBLE_DEVICES`` does not hide them all."""
-    if visible() == []:
+    if shown(os.environ) == []:
         return False
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return False
     return True
-
-
-def visible() -> list[str] | None:
-    """Cards named in ``CUDA_VISIBLE_DEVICES``, by number or id, as CUDA reads it; None: it is not set, and all are.
-
-    Examples
-    --------
-    >>> os.environ["CUDA_VISIBLE_DEVICES"] = "1, GPU-8f, -1, 0"
-    >>> visible()
-    ['1', 'GPU-8f']
-    >>> del os.environ["CUDA_VISIBLE_DEVICES"]
-    """
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return None
-    found = []
-    for part in text.split(","):
-        name = part.strip()
-        if not (name.isdigit() or name.startswith(("GPU-", "MIG-"))):
-            break  # what comes after one that is none is hidden, too
-        found.append(name)
-    return found
 
 
 class Driver:
@@ -117,7 +96,7 @@ class Driver:
             The driver does not answer.
         """
         try:
-            wanted = visible()
+            wanted = shown(os.environ)
             if wanted is None:
                 wanted = [str(number) for number in range(self._nvml.nvmlDeviceGetCount())]
             return [self._card(name) for name in wanted]
@@ -163,14 +142,13 @@ class Driver:
 
     def _handle(self, asked: str) -> Any:
         nvml = self._nvml
-        if not asked.isdigit():
+        if not asked.isdecimal():
             return nvml.nvmlDeviceGetHandleByUUID(asked)
-        if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and visible() is not None:
+        if os.environ.get(ORDER) != BY_PLACE and shown(os.environ) is not None:
             handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
             if len({nvml.nvmlDeviceGetName(handle) for handle in handles}) > 1:
                 raise LookupError(
-                    "cards differ, and CUDA numbers them in another order than the driver: set "
-                    "CUDA_DEVICE_ORDER=PCI_BUS_ID"
+                    f"cards differ, and CUDA numbers them in another order than the driver: set {ORDER}={BY_PLACE}"
                 )
         return nvml.nvmlDeviceGetHandleByIndex(int(asked))
 
