@@ -502,7 +502,7 @@ def test_command_line(
 ) -> None:
     monkeypatch.setenv("DASK_ZCINFER__REGISTRY", str(registry))
     monkeypatch.setenv("DASK_ZCINFER__STORE", "file")
-    monkeypatch.setattr("zcinfer.cli._cluster", lambda *_: nullcontext())  # in this process
+    monkeypatch.setattr("zcinfer.cli_run._cluster", lambda *_: nullcontext())  # in this process
     folder.says(bad=[7])
 
     def call(*arguments: Any, code: int) -> str:
