@@ -285,12 +285,12 @@ def test_what_watching_costs_is_measured_of_runs_that_were_what_they_say() -> No
     ):
         client.register_plugin(Observer())
         zc.connect("file")
-        small = telemetry.Case("small", telemetry.mlp, 10, 16, 64, 16)
-        found = telemetry.compare(client, small, 1)
+        small = telemetry.Case("small", telemetry.mlp, 10, 16, 64, 16, rounds=1)
+        found = telemetry.compare(client, small)
         with pytest.raises(SystemExit, match="small, counted: 160 rows and 0 jobs were counted"):
             telemetry.check(small, telemetry.ON, (0, 3), (160, 3))
         zc.disconnect()
-    results = json.loads(json.dumps({"rounds": 1, "cases": {"small": found}, "alone": telemetry.alone(20, 2)}))
+    results = json.loads(json.dumps({"cases": {"small": found}, "alone": telemetry.alone(20, 2)}))
     results["bars"] = telemetry.bars(results)
     assert results["cases"]["small"]["seconds"]["counted"]["n"] == 1
     assert 1e-6 < telemetry.watching(results) < 1e-3
