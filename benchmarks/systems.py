@@ -52,8 +52,10 @@ def processes(task: Task, times: Times) -> None:
     workers = [context.Process(target=_process, args=(task, counter, door)) for _ in range(task.processes)]
     for worker in workers:
         worker.start()
-    door.wait()
-    with clock(times):
+    while door.n_waiting < task.processes and not door.broken:
+        time.sleep(0.001)
+    with clock(times):  # from before the door opens: a block may be done before this process is woken
+        door.wait()
         for worker in workers:
             worker.join()
     if any(worker.exitcode for worker in workers):
@@ -62,7 +64,11 @@ def processes(task: Task, times: Times) -> None:
 
 def _process(task: Task, counter: Any, door: Any) -> None:
     torch.set_num_threads(task.threads)
-    model = task.model()
+    try:
+        model = task.model()
+    except BaseException:
+        door.abort()
+        raise
     door.wait()
     while True:
         with counter.get_lock():

@@ -109,7 +109,8 @@ def in_halves(
     # The same cuts whatever was known before: halves of the batch, and not as many rows as would fit.
     half = (rows + 1) // 2
     halves = [[array[i] for array in batch] for i in (slice(half), slice(half, rows))]
-    parts = [in_halves(run, part, most, is_too_large, told) for part in halves]
+    # Copies: what a model gives may be memory of its own, which its next call writes to.
+    parts = [[array.copy() for array in in_halves(run, part, most, is_too_large, told)] for part in halves]
     return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
 
 

@@ -36,8 +36,9 @@ _INCIDENTAL = frozenset(
     }
 )
 
-# What torch's compiler leaves, for itself, on the tensors and modules that it has met. The copy has it too, but a model
-# that was compiled is no other model. What users tell the compiler (`mark_static`) has other names, and counts.
+# What torch's compiler leaves on the tensors and modules that it has met. The copy has it too, but a model that was
+# compiled is no other model. (What users say with `mark_static` has other names, and counts; `mark_static_address`
+# leaves the compiler's own mark. On a subclass of Parameter a mark counts: torch then makes it by another function.)
 _MARKS = frozenset({"_dynamo_static_input_type", "_dynamo_propagated_dynamic_indices", "_is_torch_compile"})
 
 # Where a wrapper keeps what its last call found out. By name: to import it takes seconds.
@@ -278,8 +279,8 @@ class Canonical:
             self._emit("code", member_code(obj))
             return
         function, arguments, state, items, pairs, setter = (*reduced, None, None, None, None)[:6]
-        if isinstance(obj, torch.nn.Module) and type(state) is dict:
-            state = _without_marks(state)
+        if isinstance(obj, torch.nn.Module):
+            state = _unmarked(state)
         if isinstance(obj, set | frozenset):
             arguments = [frozenset(part) if isinstance(part, list) else part for part in arguments]
         self._emit("object", type(obj).__qualname__.encode())
@@ -287,6 +288,13 @@ class Canonical:
             self.add(part)
         self._sequence("items", items or ())
         self._sequence("pairs", [part for pair in pairs or () for part in pair])
+
+
+def _unmarked(state: Any) -> Any:
+    """State of a module: its attributes, or a tuple of these and what is in its slots."""
+    if type(state) is tuple:
+        return tuple(_unmarked(part) for part in state)
+    return _without_marks(state) if type(state) is dict else state
 
 
 def _without_marks(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ LOOPBACK = "127.0.0.1"
 # Seconds that workers have for their end where the program was interrupted
 INTERRUPTED = 1.0
 PRELOAD = "zcinfer.worker"
+_REFUSED = {"host", "interface", "ip", "processes", "worker_class"}
 
 
 class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
@@ -281,7 +282,7 @@ def _refuse_exposure(kwargs: dict[str, Any]) -> None:
     scheduler = kwargs.get("scheduler_kwargs") or {}
     for name in {"host", "interface", "contact_address", "dashboard_address", "protocol"} & scheduler.keys():
         raise SettingsError(f"scheduler_kwargs may not have {name}: the scheduler listens on {LOOPBACK} only")
-    for name in {"host", "interface", "ip", "processes", "worker_class"} & kwargs.keys():
+    for name in _REFUSED & kwargs.keys():
         raise SettingsError(
             f"zcinfer.LocalCluster runs processes that listen on {LOOPBACK} only and does not take {name}=. For "
             f"several machines: zcinfer node, or workers started with dask worker --preload {PRELOAD} SCHEDULER"
@@ -296,18 +297,19 @@ def _refuse_exposure(kwargs: dict[str, Any]) -> None:
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """Refuse what neither Dask's cluster nor its workers take: those would only say that they could not start."""
-    ours = _arguments(LocalCluster) | _arguments(distributed.LocalCluster)
-    theirs = _arguments(distributed.Nanny) | _arguments(distributed.Worker) | _arguments(distributed.core.Server)
-    for name in sorted(kwargs.keys() - ours - theirs):
-        close = " or ".join(get_close_matches(name, sorted(ours), cutoff=0.7))
+    takers = (LocalCluster, distributed.LocalCluster, distributed.Nanny, distributed.Worker, distributed.core.Server)
+    known = {
+        name
+        for taker in takers
+        for name, found in inspect.signature(taker.__init__).parameters.items()
+        if found.kind not in (found.VAR_POSITIONAL, found.VAR_KEYWORD)
+    } - {"self"}
+    for name in sorted(kwargs.keys() - known):
+        close = " or ".join(get_close_matches(name, sorted(known - _REFUSED), cutoff=0.7))
         raise SettingsError(
             f"LocalCluster takes no argument {name!r}: "
             + (f"did you mean {close}?" if close else "see help(zcinfer.LocalCluster)")
         )
-
-
-def _arguments(kind: Any) -> set[str]:
-    return set(inspect.signature(kind.__init__).parameters)
 
 
 def _preloads(asked: str | list[str] | None) -> list[str]:

@@ -6,7 +6,7 @@ Not for which rows a batch has (`batches`), nor for what its outputs' shapes are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -36,7 +36,7 @@ class Forward:
         That the model is on.
     clock : Clock
         Told of every phase.
-    alone : context manager
+    alone : context manager, optional
         Entered for each batch, while the model computes.
     """
 
@@ -48,12 +48,12 @@ class Forward:
         keywords: tuple[str, ...],
         device: torch.device,
         clock: Clock,
-        alone: AbstractContextManager[object],
+        alone: AbstractContextManager[object] | None,
     ):
         self._function, self._call, self._binding = call.on(model), call, binding
-        self._keywords, self._device, self._clock, self._alone = keywords, device, clock, alone
+        self._keywords, self._device, self._clock, self._alone = keywords, device, clock, alone or nullcontext()
         # The usual case has few steps: each is code that the processor must fetch anew after a forward.
-        usual = call.is_plain and len(binding.casts) == 1 and not keywords and device.type == "cpu"
+        usual = call.is_plain and len(binding.casts) == 1 and not keywords and alone is None and device.type == "cpu"
         self._model = model if usual else None
 
     def __call__(self, batch: Sequence[Array], trimmed: tuple[int, int] | None = None) -> list[Array]:
@@ -71,8 +71,7 @@ class Forward:
         if self._model is not None:
             tensor = to_tensor(batch[0], binding.casts[0], self._device)
             clock.lap(_TO_DEVICE)
-            with self._alone:
-                output = self._model(tensor)
+            output = self._model(tensor)
             clock.lap(_COMPUTING)
             if type(output) is torch.Tensor:
                 array = to_numpy(output)

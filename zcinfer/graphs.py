@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def new_graph(
-    function: Callable[..., Any], arguments: tuple[dict[str, Any], Any], names: tuple[str, ...]
+    function: Callable[..., Any], arguments: tuple[dict[str, Any], Any], names: tuple[str, ...] = ()
 ) -> torch.nn.Module:
     """A module of FX with all that it had, whose graph has nodes of these names."""
     attributes, *others = arguments

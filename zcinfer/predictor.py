@@ -441,10 +441,10 @@ class Predictor:
             # Threads that take turns batch by batch find each other's data in the caches, and wait for each other every
             # time. That pays only where there is other work between batches.
             turns = self.call.preprocess is not None or self.call.postprocess is not None or device.type != "cpu"
-            for_batch, for_block = (computing(), nullcontext()) if turns else (nullcontext(), computing())
+            for_batch = computing() if turns else None
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
                 clock.lap(_MODEL)
-                with for_block:
+                with nullcontext() if turns else computing():
                     clock.lap(_WAITING)
                     run: Callable[..., list[Array]] = Forward(
                         model, self.call, self._bound(), self.keywords, device, clock, for_batch

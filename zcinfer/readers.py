@@ -88,7 +88,8 @@ class NpyReader(Reader):
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        yield np.lib.format.open_memmap(self.url, mode="r")
+        # As a plain array: slices of np.memmap take five times as long, and users would be given them.
+        yield np.asarray(np.lib.format.open_memmap(self.url, mode="r"))
 
 
 # Handles of HDF5 are not for several threads: one opens, reads and closes at a time.

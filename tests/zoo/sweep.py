@@ -51,7 +51,7 @@ def by_all_cores(module: str, place: Path) -> dict[str, CameOf]:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, str(number), str(shares)],
                 cwd=Path(__file__).parents[1],
-                env=os.environ | {"DASK_ZCINFER__REGISTRY": str(place / str(number))},
+                env=os.environ | {"DASK_ZCINFER__REGISTRY": str(place / str(number)), "HF_HUB_OFFLINE": "1"},
                 stdout=subprocess.PIPE,
             )
             processes.append(stack.enter_context(process))

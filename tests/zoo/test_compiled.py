@@ -98,6 +98,18 @@ def trained(model: nn.Module) -> None:
     model.zero_grad()
 
 
+class Slotted(nn.Module):
+    __slots__ = ("note",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.note = nn.Parameter(torch.ones(X.shape[1])), "noted"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize("made", [mlp, Slotted])
 @pytest.mark.parametrize(
     "compiled",
     [
@@ -108,10 +120,12 @@ def trained(model: nn.Module) -> None:
     ],
     ids=["wrapped", "called", "compiled in place", "trained"],
 )
-def test_what_was_compiled_once_is_the_same_model(compiled: Callable[[nn.Module], object]) -> None:
+def test_what_was_compiled_once_is_the_same_model(
+    compiled: Callable[[nn.Module], object], made: Callable[[], nn.Module]
+) -> None:
     """Torch's compiler leaves marks on the weights, and its wrapper one on the module itself."""
     torch._dynamo.reset()
-    model = mlp()
+    model = made()
     before = split(model).description.digest
     compiled(model)
     parts = split(model)
