@@ -137,10 +137,12 @@ def _constant(value: Any) -> bytes:
     return hashlib.sha256(f"{type(value).__name__}:{content}".encode("utf-8", "surrogatepass")).digest()
 
 
-def global_names(code: types.CodeType) -> set[str]:
+def global_names(code: types.CodeType, kind: str = "GLOBAL") -> set[str]:
+    """Names that a code uses as global ones; with "STORE_GLOBAL" those that it assigns to."""
     # Not co_names, which has the names of attributes as well.
-    names = {step.argval for step in dis.get_instructions(code) if "GLOBAL" in step.opname}
-    return names.union(*(global_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)))
+    names = {step.argval for step in dis.get_instructions(code) if kind in step.opname}
+    within = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names.union(*(global_names(constant, kind) for constant in within))
 
 
 def is_filled(cell: types.CellType) -> bool:

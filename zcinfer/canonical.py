@@ -23,7 +23,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from .bytecode import ATOMS, class_code, code_digest, global_names, home_of, is_filled, is_importable, member_code
-from .pickling import HOOKS, is_plain, reduce, shared_bytes, storage_key
+from .description import sha256_each
+from .pickling import HOOKS, is_plain, reduce, shared_bytes, storage_bytes, storage_key
 from .programs import is_program, program_bytes, program_digest
 
 # Of a class's namespace: what the interpreter adds by itself, or what changes without changing behaviour.
@@ -55,8 +56,8 @@ class Canonical:
 
     Parameters
     ----------
-    storage_digest : callable
-        Gives the content digest (bytes) of a ``torch.UntypedStorage``.
+    storage_digest : callable, optional
+        Gives the content digest (bytes) of a ``torch.UntypedStorage``, where it is known already.
     program_bytes : callable
         Gives the bytes of a program, where they are known already.
 
@@ -64,19 +65,21 @@ class Canonical:
     ----------
     packages : set of str
         Top-level packages whose classes or functions were met by reference.
+    met : list
+        All objects walked so far, and some that were made for it.
     """
 
     def __init__(
         self,
-        storage_digest: Callable[[torch.UntypedStorage], bytes],
+        storage_digest: Callable[[torch.UntypedStorage], bytes] | None = None,
         program_bytes: Callable[[Any], bytes] = program_bytes,
     ):
         self.packages: set[str] = set()
-        self._storage_digest = storage_digest
+        self.met: list[Any] = []  # keeps ids valid while the walk lasts
+        self._storage_digest = storage_digest or content_digest
         self._program_bytes = program_bytes
         self._hash = hashlib.sha256()
         self._seen: dict[int, int] = {}
-        self._alive: list[Any] = []  # an id may not be reused while the walk lasts
         self._storages: dict[tuple[Any, ...], int] = {}
         self._hooks: dict[int, int] = {}  # numbers of hooks in this walk, by torch's
         self._hook_dicts: set[int] = set()
@@ -86,6 +89,12 @@ class Canonical:
     def hexdigest(self) -> str:
         """Hexadecimal SHA-256 of everything walked so far."""
         return self._hash.hexdigest()
+
+    def has_met(self, obj: Any) -> bool:
+        return id(obj) in self._seen
+
+    def has_met_storage(self, storage: torch.UntypedStorage) -> bool:
+        return storage_key(storage) in self._storages
 
     def add(self, obj: Any) -> None:
         """Feed ``obj`` and all it refers to."""
@@ -110,7 +119,7 @@ class Canonical:
             self._emit("again", str(number).encode())
             return
         self._seen[id(obj)] = len(self._seen)
-        self._alive.append(obj)
+        self.met.append(obj)
         if id(obj) in self._hook_dicts:
             self._sequence("hooks", [part for key, hook in obj.items() for part in (self._hook_number(key), hook)])
         elif kind in (tuple, list, set, frozenset, weakref.WeakSet):
@@ -219,7 +228,7 @@ class Canonical:
             self._sequence("attributes", [attributes])
 
     def _storage(self, storage: torch.UntypedStorage) -> None:
-        self._alive.append(storage)
+        self.met.append(storage)
         key = storage_key(storage)
         number = self._storages.setdefault(key, len(self._storages))
         self._emit("storage", str(number).encode() + b":" + self._storage_digest(storage))
@@ -273,7 +282,7 @@ class Canonical:
             self._names = self._names or _names_in(obj)
             self._hook_dicts.update(id(table) for name in HOOKS if (table := vars(obj).get(name)) is not None)
         reduced = reduce(obj)
-        self._alive.append(reduced)
+        self.met.append(reduced)
         if isinstance(reduced, str):
             self._reference("global", getattr(obj, "__module__", None) or type(obj).__module__, reduced)
             self._emit("code", member_code(obj))
@@ -295,6 +304,11 @@ def _unmarked(state: Any) -> Any:
     if type(state) is tuple:
         return tuple(_unmarked(part) for part in state)
     return _without_marks(state) if type(state) is dict else state
+
+
+def content_digest(storage: torch.UntypedStorage) -> bytes:
+    """SHA-256 of the bytes of a storage, as a description has it."""
+    return sha256_each([storage_bytes(storage)])[0]
 
 
 def _without_marks(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .canonical import Canonical
-from .description import sha256_each
 from .errors import BlockError
-from .parts import storage_bytes
 from .rows import Array, refuse_masked
 
 Prepare = Callable[[Array, int], Array]
@@ -131,7 +129,7 @@ class Spec:
         """What tells these windows from others of the same array, in JSON types; the same in every process."""
         found: dict[str, Any] = {name: getattr(self, name) for name in ("size", "step", "axis", "history")}
         if self.prepare is not None:
-            canonical = Canonical(lambda storage: sha256_each([storage_bytes(storage)])[0])
+            canonical = Canonical()
             canonical.add(self.prepare)
             found |= {"prepare": canonical.hexdigest(), "dtype": self.dtype.str}
         return found

@@ -25,11 +25,11 @@ from torch.export import ExportedProgram
 from torch.utils.hooks import RemovableHandle
 
 from .blame import blame, place_of
-from .canonical import Canonical
+from .canonical import Canonical, content_digest
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
 from .overlaps import refuse_overlaps
-from .pickling import HOOKS, storage_key
+from .pickling import HOOKS, storage_bytes, storage_key
 from .programs import lost_attributes, program_bytes
 from .skeleton import Taken, dump, load
 from .views import view, view_fake
@@ -97,11 +97,10 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
         model = whole.module()  # only looked at: the program is carried as it is
     if not isinstance(model, torch.nn.Module):
         raise SplitError(f"a model must be a torch.nn.Module, found {type(model).__name__!r}: pass the module itself")
-    taken = Taken()
     try:
-        skeleton = dump((whole, _last_hook(model)), taken)
+        skeleton, taken = dump((whole, _last_hook(model)))
     except Exception as error:
-        raise SplitError(blame(model, error, lambda part: dump(part, Taken()))) from error
+        raise SplitError(blame(model, error, dump)) from error
 
     _refuse_torn_programs(taken, whole)
     sources = [storage_bytes(storage) for storage in taken.storages]
@@ -110,7 +109,7 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
     by_key = {storage_key(s): d for s, d in zip(taken.storages, digests, strict=True)}
 
     def storage_digest(storage: torch.UntypedStorage) -> bytes:
-        return by_key.get(storage_key(storage)) or sha256_each([storage_bytes(storage)])[0]
+        return by_key.get(storage_key(storage)) or content_digest(storage)
 
     def known_bytes(program: Any) -> bytes:
         return taken.programs[id(program)][1] if id(program) in taken.programs else program_bytes(program)
@@ -276,13 +275,6 @@ def _missing(description: Description, error: Exception) -> str:
         f"the model's class {description.class_name} needs code that this process does not have ({error}). "
         f"On every worker, {remedy} (same version as where the model was published)."
     )
-
-
-def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
-    """Bytes of a storage: a view of them where it is on the CPU."""
-    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    array: Bytes = flat.cpu().numpy()
-    return array
 
 
 def _refuse_torn_programs(taken: Taken, model: Any) -> None:

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from .bytecode import is_importable
+from .description import Bytes
 from .graphs import new_graph
 
 try:  # It carries more than pickle does (views of dicts, for one), and what it carries counts.
@@ -109,16 +110,6 @@ def new_subclass(kind: type, function: Callable[..., Any], arguments: tuple[Any,
     return made
 
 
-def new_class(make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
-    """The class that cloudpickle is to make, unless it is there: a base that keeps its subclasses has brought it along.
-
-    To make it again would call the ``__init_subclass__`` of its bases again, with a class that is then thrown away.
-    """
-    tracker = arguments[-2]
-    known: type | None = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker)
-    return make(*arguments) if known is None else known
-
-
 def set_state(module: torch.nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Give a module its attributes, and what is in its slots."""
     attributes, slots = state
@@ -139,6 +130,13 @@ def shared_bytes(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arrays that are not writable
         return torch.from_numpy(array.ravel(order="K").view(np.uint8))
+
+
+def storage_bytes(storage: torch.UntypedStorage) -> Bytes:
+    """Bytes of a storage: a view of them where it is on the CPU."""
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    array: Bytes = flat.cpu().numpy()
+    return array
 
 
 def storage_key(storage: torch.UntypedStorage) -> tuple[Any, ...]:

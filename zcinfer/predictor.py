@@ -25,13 +25,11 @@ from .calling import Call
 from .canonical import Canonical
 from .catalog import describe, ready
 from .computing import computing
-from .description import sha256_each
 from .errors import InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
 from .forward import Forward
 from .loading import device_of, residents
 from .lost import failed
 from .outputs import Output
-from .parts import storage_bytes
 from .probing import explain
 from .rows import Array, Rows, as_block, first_rows, rows_of, to_tensor
 from .sizes import format_size
@@ -158,7 +156,7 @@ class Predictor:
         return self._digest(self.batch_size, self.binding.casts if self.binding is not None else None)
 
     def _digest(self, batch_size: int | str | None = None, casts: tuple[str, ...] | None = None) -> str:
-        canonical = Canonical(lambda storage: sha256_each([storage_bytes(storage)])[0])
+        canonical = Canonical()
         settings = (vars(self.call), self.training, self.device, self.sort_by, self.keywords)
         canonical.add((self.ref.digest, batch_size, settings, casts))
         return canonical.hexdigest()

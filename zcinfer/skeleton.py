@@ -22,13 +22,13 @@ from torch.export import ExportedProgram
 from torch.nn import Module
 
 from .bytecode import home_of
+from .classes import Family, family_of, find_fake_family, find_family, new_class, set_class_state
 from .description import BUFFER_DTYPES, TensorSpec
 from .graphs import new_graph
 from .pickling import (
     PRIVATE,
     is_plain,
     new_cache,
-    new_class,
     new_parametrized,
     new_subclass,
     reduce_refused,
@@ -103,11 +103,20 @@ class Taken:
         return tuple(s._replace(whole=whole(t, s)) for t, s in zip(self.tensors, self.specs, strict=True))
 
 
-def dump(obj: Any, taken: Taken) -> bytes:
-    """Pickle of ``obj`` without tensors and storages, which go to ``taken``."""
-    file = io.BytesIO()
-    _Splitter(file, taken).dump(obj)
-    return file.getvalue()
+def dump(obj: Any) -> tuple[bytes, Taken]:
+    """Pickle of ``obj`` without tensors and storages, and these."""
+    file, taken = io.BytesIO(), Taken()
+    splitter: Any = _Splitter(file, taken, None)
+    splitter.dump(obj)
+    if splitter.left_out:
+        # What was met beside the classes tells what they are to be in the copy.
+        others = [other for _, other in splitter.memo.copy().values()]
+        family = family_of(splitter.left_out, others, taken.storages)
+        known = taken.programs
+        file, taken = io.BytesIO(), Taken()
+        taken.programs = known
+        _Splitter(file, taken, family).dump(obj)
+    return file.getvalue(), taken
 
 
 def load(skeleton: bytes, tensors: Sequence[torch.Tensor], storages: Sequence[Any] | None) -> Any:
@@ -121,6 +130,7 @@ def load(skeleton: bytes, tensors: Sequence[torch.Tensor], storages: Sequence[An
     fake = storages is None
     adopt_tensor, array = (_update_fake, _array_fake) if fake else (_ADOPT_TENSOR, _array)
     table.update(enumerate((_ADOPT, adopt_tensor, tensors.__getitem__, array, *_CONSTANT)))
+    table[_FIND_FAMILY] = find_fake_family if fake else find_family
     unpickler.persistent_load = table.__getitem__
     return unpickler.load()
 
@@ -152,6 +162,7 @@ _ADOPT = vars(Module)["__dict__"].__set__  # module.__dict__ = state
 _ADOPT_TENSOR = vars(torch.Tensor)["__dict__"].__set__
 _CONSTANT = (new_parametrized, new_graph, new_subclass, set_state, new_cache, load_script, load_exported)
 _FUNCTIONS = {id(f): number for number, f in enumerate((_ADOPT, _ADOPT_TENSOR, _tensor, _array, *_CONSTANT))}
+_FIND_FAMILY = -1
 
 _PRIVATE = frozenset((bytes, bytearray, str))
 
@@ -160,9 +171,13 @@ _WITH_STATE_SETTER = 6
 
 
 class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
-    def __init__(self, file: io.BytesIO, taken: Taken):
+    """The pickler; without a family it leaves out classes that travel by value, with all that they alone hold."""
+
+    def __init__(self, file: io.BytesIO, taken: Taken, family: Family | None):
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._taken = taken
+        self._family = family
+        self.left_out: list[type] = []
 
     def persistent_id(self, obj: Any) -> int | tuple[int, str] | None:
         if isinstance(obj, torch.Tensor):
@@ -173,11 +188,11 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
             return self._taken.storage(obj), ""
         if type(obj) in _PRIVATE and len(obj) > PRIVATE:
             self._taken.private.append((obj, len(obj)))
-        return _FUNCTIONS.get(id(obj))
+        return _FIND_FAMILY if obj is find_family else _FUNCTIONS.get(id(obj))
 
     def reducer_override(self, obj: Any) -> Any:
         if is_program(obj):
-            content = program_bytes(obj)
+            content = self._taken.programs[id(obj)][1] if id(obj) in self._taken.programs else program_bytes(obj)
             self._taken.programs[id(obj)] = obj, content
             self._taken.private.append((obj, len(content)))
             return load_exported if isinstance(obj, ExportedProgram) else load_script, (as_tensor(content),)
@@ -202,7 +217,10 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
         if type(obj) is FunctionType and isinstance(reduced, tuple):
             return _with_globals_of_its_module(obj, reduced)
         if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == _WITH_STATE_SETTER:
-            return _as_one_class(obj, reduced)
+            if self._family is None:
+                self.left_out.append(obj)
+                return object, ()
+            return _as_one_class(obj, reduced, self._family)
         return reduced
 
 
@@ -225,13 +243,14 @@ def _with_globals_of_its_module(function: FunctionType, reduced: Any) -> Any:
     return make, (code, _Globals(home), *others), (attributes, slots | {"__globals__": {}}), *rest
 
 
-def _as_one_class(cls: type, reduced: Any) -> Any:
+def _as_one_class(cls: type, reduced: Any, family: Family) -> Any:
     """What cloudpickle makes of a class that travels by value, under its whole name, and never twice."""
-    make, arguments, *rest = reduced
+    make, (*arguments, tracker, extra), state, *_ = reduced
     if not isinstance(cls, EnumType):  # of enumerations it tells the name
-        kind, name, bases, namespace, *others = arguments
-        arguments = kind, name, bases, namespace | {"__qualname__": cls.__qualname__}, *others
-    return new_class, (make, arguments), *rest
+        kind, name, bases, namespace = arguments
+        arguments = [kind, name, bases, namespace | {"__qualname__": cls.__qualname__}]
+    made = (family, make, (*arguments, family.key(tracker), extra), tracker)
+    return new_class, made, (family, state), None, None, set_class_state
 
 
 def _reduced_plainly(module: Module) -> Any:
