@@ -60,6 +60,8 @@ class Canonical:
         Gives the content digest (bytes) of a ``torch.UntypedStorage``, where it is known already.
     program_bytes : callable
         Gives the bytes of a program, where they are known already.
+    under_tensors : set of int
+        Ids of small arrays that tensors lie over.
 
     Attributes
     ----------
@@ -73,11 +75,13 @@ class Canonical:
         self,
         storage_digest: Callable[[torch.UntypedStorage], bytes] | None = None,
         program_bytes: Callable[[Any], bytes] = program_bytes,
+        under_tensors: Collection[int] = (),
     ):
         self.packages: set[str] = set()
         self.met: list[Any] = []  # keeps ids valid while the walk lasts
         self._storage_digest = storage_digest or content_digest
         self._program_bytes = program_bytes
+        self._under_tensors = under_tensors
         self._hash = hashlib.sha256()
         self._seen: dict[int, int] = {}
         self._storages: dict[tuple[Any, ...], int] = {}
@@ -128,7 +132,7 @@ class Canonical:
             self._sequence("dict", [part for item in obj.items() for part in item])
         elif isinstance(obj, torch.Tensor) and is_plain(obj):
             self._tensor(obj)
-        elif isinstance(obj, np.ndarray) and (flat := shared_bytes(obj)) is not None:
+        elif isinstance(obj, np.ndarray) and (flat := shared_bytes(obj, id(obj) in self._under_tensors)) is not None:
             layout = (obj.dtype.__reduce__()[1:], obj.shape, obj.strides, obj.flags.writeable)
             self._emit("array", repr(layout).encode())
             self._storage(flat.untyped_storage())

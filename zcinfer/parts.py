@@ -31,7 +31,8 @@ from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
 from .overlaps import refuse_overlaps
 from .pickling import HOOKS, storage_bytes, storage_key
 from .programs import lost_attributes, program_bytes
-from .skeleton import Taken, dump, load
+from .skeleton import dump, load
+from .taken import Taken
 from .views import view, view_fake
 
 
@@ -114,7 +115,7 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
     def known_bytes(program: Any) -> bytes:
         return taken.programs[id(program)][1] if id(program) in taken.programs else program_bytes(program)
 
-    canonical = Canonical(storage_digest, known_bytes)
+    canonical = Canonical(storage_digest, known_bytes, taken.arrays_under_tensors)
     try:
         canonical.add(whole)
     except Exception as error:

@@ -122,10 +122,13 @@ def new_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(function)
 
 
-def shared_bytes(array: np.ndarray[Any, Any]) -> torch.Tensor | None:
-    """The bytes of an array that is shared as a tensor is (uint8, no copy); None for small ones and others."""
+def shared_bytes(array: np.ndarray[Any, Any], small: bool = False) -> torch.Tensor | None:
+    """The bytes of an array that is shared as a tensor is (uint8, no copy); None for others.
+
+    Small arrays are shared only where a tensor lies over them (``small``).
+    """
     whole = array.flags.c_contiguous or array.flags.f_contiguous
-    if type(array) is not np.ndarray or array.nbytes <= PRIVATE or array.dtype.hasobject or not whole:
+    if type(array) is not np.ndarray or array.nbytes <= PRIVATE * (not small) or array.dtype.hasobject or not whole:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arrays that are not writable

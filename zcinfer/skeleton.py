@@ -23,7 +23,6 @@ from torch.nn import Module
 
 from .bytecode import home_of
 from .classes import Family, family_of, find_fake_family, find_family, new_class, set_class_state
-from .description import BUFFER_DTYPES, TensorSpec
 from .graphs import new_graph
 from .pickling import (
     PRIVATE,
@@ -34,9 +33,9 @@ from .pickling import (
     reduce_refused,
     set_state,
     shared_bytes,
-    storage_key,
 )
 from .programs import as_tensor, is_program, load_exported, load_script, program_bytes
+from .taken import Taken
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
     from cloudpickle import Pickler as _BasePickler
@@ -54,69 +53,21 @@ def _attributes_of_a_module() -> frozenset[str]:
 _EXPECTED = _attributes_of_a_module()
 
 
-class Taken:
-    """Tensors and storages met by the pickler, each once."""
-
-    def __init__(self) -> None:
-        self.specs: list[TensorSpec] = []
-        self.tensors: list[torch.Tensor] = []  # keeps ids valid
-        self.storages: list[torch.UntypedStorage] = []
-        self.private: list[tuple[Any, int]] = []  # what each process holds for itself, and its bytes
-        self.programs: dict[int, tuple[Any, bytes]] = {}  # by id, with their bytes
-        self.uses: list[int] = []  # of each storage: tensors and bare storages that refer to it
-        self._tensor_index: dict[int, int] = {}
-        self._storage_index: dict[tuple[Any, ...], int] = {}
-
-    def tensor(self, tensor: torch.Tensor) -> int:
-        if id(tensor) not in self._tensor_index:
-            self._tensor_index[id(tensor)] = len(self.specs)
-            self.tensors.append(tensor)
-            self.specs.append(
-                TensorSpec(
-                    self.storage(tensor.untyped_storage()),
-                    str(tensor.dtype).removeprefix("torch."),
-                    int(tensor.storage_offset()),
-                    tuple(tensor.size()),
-                    tuple(tensor.stride()),
-                    tensor.requires_grad,
-                    isinstance(tensor, torch.nn.Parameter),
-                    False,
-                )
-            )
-        return self._tensor_index[id(tensor)]
-
-    def storage(self, storage: torch.UntypedStorage) -> int:
-        key = storage_key(storage)
-        if key not in self._storage_index:
-            self._storage_index[key] = len(self.storages)
-            self.storages.append(storage)
-            self.uses.append(0)
-        self.uses[self._storage_index[key]] += 1
-        return self._storage_index[key]
-
-    def table(self) -> tuple[TensorSpec, ...]:
-        def whole(tensor: torch.Tensor, spec: TensorSpec) -> bool:
-            usual = torch.empty(spec.size, device="meta").stride()  # of an axis of length 1 any stride is contiguous
-            covers = spec.stride == usual and tensor.nbytes == self.storages[spec.storage].nbytes() > 0
-            return covers and self.uses[spec.storage] == 1 and spec.dtype in BUFFER_DTYPES
-
-        return tuple(s._replace(whole=whole(t, s)) for t, s in zip(self.tensors, self.specs, strict=True))
-
-
 def dump(obj: Any) -> tuple[bytes, Taken]:
     """Pickle of ``obj`` without tensors and storages, and these."""
     file, taken = io.BytesIO(), Taken()
     splitter: Any = _Splitter(file, taken, None)
     splitter.dump(obj)
-    if splitter.left_out:
-        # What was met beside the classes tells what they are to be in the copy.
-        others = [other for _, other in splitter.memo.copy().values()]
-        family = family_of(splitter.left_out, others, taken.storages)
-        known = taken.programs
-        file, taken = io.BytesIO(), Taken()
-        taken.programs = known
-        _Splitter(file, taken, family).dump(obj)
-    return file.getvalue(), taken
+    arrays = taken.small_arrays_under_tensors()
+    if not splitter.left_out and not arrays:
+        return file.getvalue(), taken
+    # What was met beside the classes tells what they are to be in the copy.
+    others = (other for _, other in splitter.memo.copy().values())
+    family = family_of(splitter.left_out, others, taken.storages) if splitter.left_out else None
+    file, again = io.BytesIO(), Taken()
+    again.programs, again.arrays_under_tensors = taken.programs, arrays
+    _Splitter(file, again, family).dump(obj)
+    return file.getvalue(), again
 
 
 def load(skeleton: bytes, tensors: Sequence[torch.Tensor], storages: Sequence[Any] | None) -> Any:
@@ -196,12 +147,15 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
             self._taken.programs[id(obj)] = obj, content
             self._taken.private.append((obj, len(content)))
             return load_exported if isinstance(obj, ExportedProgram) else load_script, (as_tensor(content),)
-        if isinstance(obj, np.ndarray) and obj.nbytes > PRIVATE:
-            flat = shared_bytes(obj)
+        if isinstance(obj, np.ndarray):
+            flat = shared_bytes(obj, id(obj) in self._taken.arrays_under_tensors)
             if flat is not None:
+                self._taken.arrays[id(flat)] = obj
                 order = "C" if obj.flags.c_contiguous else "F"
                 return _array, (flat, obj.dtype, obj.shape, order, obj.flags.writeable)
-            self._taken.private.append((obj, obj.nbytes))
+            self._taken.copied.append(obj)
+            if obj.nbytes > PRIVATE:
+                self._taken.private.append((obj, obj.nbytes))
         if isinstance(obj, torch.Tensor) and is_plain(obj):
             # Attributes that somebody has set on it, as `from_pretrained` does on each.
             return _tensor, (self._taken.tensor(obj),), obj.__dict__, None, None, _ADOPT_TENSOR

@@ -78,14 +78,14 @@ def buffer_and_parameter() -> nn.Module:
 
 
 class OverAnArray(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, length: int = 2000) -> None:
         super().__init__()
-        self.array = np.arange(2000.0, dtype=np.float32)
+        self.array = np.arange(float(length), dtype=np.float32)
         self.register_buffer("tensor", torch.from_numpy(self.array))
-        self.matrix = torch.from_numpy(self.array.reshape(4, 500))
+        self.matrix = torch.from_numpy(self.array.reshape(4, -1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.matrix * float(self.array[3]) + self.tensor[:500]
+        return x @ self.matrix * float(self.array[3]) + self.tensor[: len(self.tensor) // 4]
 
 
 def over_parts_of_an_array() -> nn.Module:
@@ -124,6 +124,7 @@ MODELS: Models = {
     "a buffer over a parameter": (buffer_and_parameter, (X,)),
     "tensors over columns of an array": (over_columns_of_an_array, None),
     "tensors over an array": (OverAnArray, (X,)),
+    "tensors over a small array": (lambda: OverAnArray(20), (X,)),
     "a model in a list, twice": (lambda: (lambda layer: nn.Sequential(layer, nn.ReLU(), layer))(nn.Linear(4, 4)), (X,)),
 }
 
@@ -154,8 +155,9 @@ def test_what_is_written_through_one_tensor_is_seen_through_the_others(case: str
     assert_same(model, copy)
 
 
-def test_an_array_and_the_tensors_over_it_are_one_memory_in_the_copy() -> None:
-    copy = round_trip(OverAnArray())
+@pytest.mark.parametrize("length", [2000, 20])
+def test_an_array_and_the_tensors_over_it_are_one_memory_in_the_copy(length: int) -> None:
+    copy = round_trip(OverAnArray(length))
     copy.array[0] = 7
     assert (copy.tensor[0], copy.matrix[0, 0]) == (7, 7)
 
@@ -166,12 +168,51 @@ def test_tensors_over_parts_of_an_array_that_share_elements_are_refused() -> Non
         split(over_parts_of_an_array())
 
 
+@pytest.mark.parametrize("length", [2000, 20])
 @pytest.mark.parametrize("later", [False, True])
-def test_an_array_and_a_tensor_over_a_part_of_it_are_refused(later: bool) -> None:
-    array = np.arange(2000.0)
-    values = array, torch.from_numpy(array[500:1000])
-    with pytest.raises(SplitError, match="lie over parts of one memory"):
-        split(holding(*reversed(values)) if later else holding(*values))
+@pytest.mark.parametrize(
+    "cut",
+    [
+        pytest.param(lambda array: (array, torch.from_numpy(array[5:10])), id="a tensor over a part"),
+        pytest.param(lambda array: (array[::2], torch.from_numpy(array)), id="every other element"),
+        pytest.param(lambda array: (array[:4:-1], torch.from_numpy(array[8:])), id="backwards"),
+        pytest.param(lambda array: (array[:7], torch.from_numpy(array)), id="a small part"),
+        pytest.param(lambda array: (array.view(np.recarray), torch.from_numpy(array)), id="an array of another class"),
+    ],
+)
+def test_an_array_and_a_tensor_over_a_part_of_it_are_refused(cut: Any, later: bool, length: int) -> None:
+    array, tensor = cut(np.arange(float(length)))
+    kind = type(array).__name__
+    found = (r"Module.value0 \(a Tensor\)", r"Module.value1 \(an? " + kind + r"\)")
+    if not later:
+        found = (r"Module.value0 \(an? " + kind + r"\)", r"Module.value1 \(a Tensor\)")
+    with pytest.raises(SplitError, match="lie over parts of one memory") as error:
+        split(holding(tensor, array) if later else holding(array, tensor))
+    for place in found:
+        assert error.match(place)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_small_array_and_a_tensor_over_it_are_one_memory_in_the_copy(order: Any, later: bool) -> None:
+    array = np.asarray(np.arange(6.0).reshape(2, 3), order=order)
+    tensor = torch.from_numpy(array)
+    model = holding(tensor, array) if later else holding(array, tensor)
+    copy = round_trip(model)
+    array, tensor = (copy.value1, copy.value0) if later else (copy.value0, copy.value1)
+    array[0, 1] = 7
+    assert tensor[0, 1] == 7
+    assert array.tolist() == tensor.tolist()
+    assert split(round_trip(model)).description.digest == split(model).description.digest
+    untied = holding(model.value0, model.value1.clone() if not later else model.value1.copy())
+    assert split(untied).description.digest != split(model).description.digest
+
+
+def test_small_arrays_that_no_tensor_knows_are_pickled() -> None:
+    array = np.arange(20.0)
+    copy = round_trip(holding(array, array[::2], array[:4], torch.zeros(3)))
+    assert copy.value1.tolist() == array[::2].tolist()
+    assert len(split(copy).description.storages) == 1
 
 
 def test_writes_to_the_copy_never_reach_the_model() -> None:
