@@ -11,12 +11,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
-from .bytecode import global_names, home_of
+from .bytecode import global_names, home_of, is_importable
 from .canonical import Canonical
 
 try:
@@ -26,8 +26,8 @@ except ImportError:  # no class travels by value
 
 _PROGRAM = uuid.uuid4().hex
 
-# What the program's own classes and a copy of the model may each have, without anybody noticing that it is two.
-_HARMLESS = (type, FunctionType, BuiltinFunctionType, ModuleType, Enum, tuple, frozenset)
+# What is one in all of a process: a copy of the model has the same as the program's own classes have.
+_SINGLE = (type, BuiltinFunctionType, ModuleType, Enum)
 
 
 class Family:
@@ -41,10 +41,19 @@ class Family:
         Where they are the program's own; empty where a copy of the model is not to have them.
     trackers : tuple of str
         cloudpickle's names of those that `digest` is of.
+    holds : callable, optional
+        Whether one of the classes refers to an object.
     """
 
-    def __init__(self, digest: str, program: str, trackers: tuple[str, ...]):
+    def __init__(
+        self,
+        digest: str,
+        program: str,
+        trackers: tuple[str, ...],
+        holds: Callable[[Any], bool] = lambda _: False,
+    ):
         self._digest, self._program, self._trackers = digest, program, trackers
+        self.holds = holds
 
     def __reduce__(self) -> Any:
         return find_family, (self._digest, self._program, self._trackers)
@@ -112,12 +121,16 @@ def family_of(classes: Sequence[type], others: Iterable[Any], storages: Iterable
     walk = _walk(classes)
     others = list(others)
     tied = (
-        any(walk.has_met(other) for other in others if not isinstance(other, _HARMLESS))
+        any(walk.has_met(other) for other in others if not _is_single(other))
         or any(walk.has_met_storage(storage) for storage in storages)
         or _have_a_variable_in_common(walk.met, others)
     )
     trackers = tuple(cloudpickle.cloudpickle._get_or_create_tracker_id(cls) for cls in classes)
-    return Family(walk.hexdigest(), "" if tied else _PROGRAM, trackers)
+    return Family(walk.hexdigest(), "" if tied else _PROGRAM, trackers, walk.has_met)
+
+
+def _is_single(thing: Any) -> bool:
+    return isinstance(thing, _SINGLE) or (isinstance(thing, FunctionType) and is_importable(thing))
 
 
 def _have_a_variable_in_common(some: Iterable[Any], others: Iterable[Any]) -> bool:
@@ -148,6 +161,18 @@ def new_class(reading: Reading, *arguments: Any) -> type:
 def set_class_state(cls: type, state: tuple[Reading, Any]) -> None:
     reading, attributes = state
     reading.set_state(cls, attributes)
+
+
+def is_of_its_class(method: MethodType) -> bool:
+    """Whether a method is one of a class that travels by value, and so is to be that of the class of the copy."""
+    cls, function = type(method.__self__), method.__func__
+    if not isinstance(function, FunctionType) or is_importable(function):
+        return False
+    return next((vars(c)[function.__name__] for c in cls.__mro__ if function.__name__ in vars(c)), None) is function
+
+
+def method_of(thing: Any, name: str) -> MethodType:
+    return MethodType(getattr(type(thing), name), thing)
 
 
 def _tracked(tracker: str) -> type | None:

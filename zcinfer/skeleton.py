@@ -13,7 +13,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Sequence
 from enum import EnumType
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,16 @@ from torch.export import ExportedProgram
 from torch.nn import Module
 
 from .bytecode import home_of
-from .classes import Family, family_of, find_fake_family, find_family, new_class, set_class_state
+from .classes import (
+    Family,
+    family_of,
+    find_fake_family,
+    find_family,
+    is_of_its_class,
+    method_of,
+    new_class,
+    set_class_state,
+)
 from .graphs import new_graph
 from .pickling import (
     PRIVATE,
@@ -156,6 +165,8 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
             self._taken.copied.append(obj)
             if obj.nbytes > PRIVATE:
                 self._taken.private.append((obj, obj.nbytes))
+        if type(obj) is MethodType and is_of_its_class(obj) and not (self._family and self._family.holds(obj.__self__)):
+            return method_of, (obj.__self__, obj.__func__.__name__)
         if isinstance(obj, torch.Tensor) and is_plain(obj):
             # Attributes that somebody has set on it, as `from_pretrained` does on each.
             return _tensor, (self._taken.tensor(obj),), obj.__dict__, None, None, _ADOPT_TENSOR

@@ -237,7 +237,26 @@ def build():
 """
 
 
-@pytest.mark.parametrize("source", [BY_A_DICTIONARY, BY_A_VARIABLE, BY_A_TENSOR, BY_THE_MODEL])
+BY_A_FUNCTION = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    @staticmethod
+    def twice(x):
+        return x * 2
+
+    def forward(self, x):
+        return self.mine(x) if self.mine is self.twice else x
+
+def build():
+    model = Net()
+    model.mine = Net.twice
+    return model
+"""
+
+
+@pytest.mark.parametrize("source", [BY_A_FUNCTION, BY_A_DICTIONARY, BY_A_VARIABLE, BY_A_TENSOR, BY_THE_MODEL])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_what_a_model_and_its_class_have_in_common_stays_so(source: str, elsewhere: bool) -> None:
     program = run(source)
@@ -248,12 +267,64 @@ def test_what_a_model_and_its_class_have_in_common_stays_so(source: str, elsewhe
         del model
         gc.collect()
     kept = [published.load()]
+    assert split(kept[0]).description.digest == published.parts.description.digest
     if not elsewhere:
         model.factor = 9
     assert torch.equal(kept[0](X), X * 2)
     kept.append(published.load())
     assert torch.equal(kept[1](X), X * 2)
     assert type(kept[0]) is type(kept[1])
+
+
+HOOKED = """
+import torch
+from torch import nn
+
+class Base(nn.Module):
+    def twice(self, module, inputs, output):
+        return output * 2
+
+class Net(Base):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Identity()
+        self.layer.register_forward_hook(self.twice)
+
+    def forward(self, x):
+        return self.layer(x)
+"""
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_method_of_the_model_is_that_of_the_class_of_the_copy(elsewhere: bool) -> None:
+    program = run(HOOKED)
+    model = program["Net"]()
+    published = Published(model)
+    if elsewhere:
+        program.clear()
+        del model
+        gc.collect()
+    copy = published.load()
+    (hook,) = copy.layer._forward_hooks.values()
+    assert hook.__self__ is copy
+    assert hook.__func__ is type(copy).twice
+    assert torch.equal(copy(X), X * 2)
+    assert elsewhere or type(copy) is program["Net"]
+    assert split(copy).description.digest == published.parts.description.digest
+
+
+def test_a_method_of_an_instance_that_its_class_holds() -> None:
+    program = run(SCRIPT)
+    model = program["Net"]()
+    program["Net"].known.update(model=model, method=model.forward)
+    published = Published(model)
+    for _ in range(2):
+        copy = published.load()
+        assert copy.known["model"] is copy
+        assert copy.known["method"].__self__ is copy
+        assert torch.equal(copy.known["method"](X), X * 3)
+        model = program = None  # type: ignore[assignment]
+        gc.collect()
 
 
 def test_a_model_without_weights_has_classes_of_its_own() -> None:
