@@ -165,10 +165,13 @@ def set_class_state(cls: type, state: tuple[Reading, Any]) -> None:
 
 def is_of_its_class(method: MethodType) -> bool:
     """Whether a method is one of a class that travels by value, and so is to be that of the class of the copy."""
-    cls, function = type(method.__self__), method.__func__
+    function = method.__func__
     if not isinstance(function, FunctionType) or is_importable(function):
         return False
-    return next((vars(c)[function.__name__] for c in cls.__mro__ if function.__name__ in vars(c)), None) is function
+    name = function.__name__
+    owner = next((cls for cls in type(method.__self__).__mro__ if name in vars(cls)), None)
+    # A function that somebody has put into a class of a module is not in that class elsewhere.
+    return owner is not None and vars(owner)[name] is function and not is_importable(owner)
 
 
 def method_of(thing: Any, name: str) -> MethodType:

@@ -313,6 +313,16 @@ def test_a_method_of_the_model_is_that_of_the_class_of_the_copy(elsewhere: bool)
     assert split(copy).description.digest == published.parts.description.digest
 
 
+def test_a_method_that_a_script_has_put_into_a_class_of_a_module_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = run("def extra_repr(self): return 'of the script'")
+    monkeypatch.setattr(nn.Identity, "extra_repr", program["extra_repr"])
+    model = nn.Identity()
+    model.method = model.extra_repr
+    published = Published(model)
+    monkeypatch.undo()
+    assert published.load().method() == "of the script"
+
+
 def test_a_method_of_an_instance_that_its_class_holds() -> None:
     program = run(SCRIPT)
     model = program["Net"]()
