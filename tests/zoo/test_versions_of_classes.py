@@ -60,7 +60,7 @@ class Published:
 
 
 def change_method(program: dict[str, Any]) -> None:
-    program["Net"].forward = lambda self, x: x * 7
+    exec("Net.forward = lambda self, x: x * 7", program)
 
 
 def change_attribute(program: dict[str, Any]) -> None:
@@ -72,8 +72,7 @@ def change_attribute_in_place(program: dict[str, Any]) -> None:
 
 
 def change_container(program: dict[str, Any]) -> None:
-    program["Net"].known["a"] = 3
-    program["Net"].forward = lambda self, x: x * len(self.known) * 7
+    exec("Net.known['a'] = 3; Net.forward = lambda self, x: x * len(self.known) * 7", program)
 
 
 def change_global(program: dict[str, Any]) -> None:
