@@ -6,6 +6,7 @@ Not for views, which have one storage (`skeleton`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ def refuse_overlaps(taken: Taken, sources: Sequence[Bytes], model: Any) -> None:
     SplitError
         Names two of them.
     """
+    parts = cache(partial(_parts, taken, sources))  # of the columns of an array each pair overlaps
     for one, other in _overlapping(taken):
-        for first, a in _parts(taken, sources, one):
-            for second, b in _parts(taken, sources, other):
+        for first, a in parts(one):
+            for second, b in parts(other):
                 # NumPy's own views are two after any pickle, unless they are large.
                 own = isinstance(first, np.ndarray) and isinstance(second, np.ndarray)
                 if not (own and max(one, other) >= len(sources)) and _share(a, b):
