@@ -288,6 +288,38 @@ def test_processes_that_race_get_one_token(tmp_path: Path, monkeypatch: pytest.M
         keeper.token_path()
 
 
+@pytest.mark.parametrize(("token", "told"), [("", "is empty"), ("\n", "is empty"), ("ab" * 15, "has 30 characters")])
+def test_a_token_that_was_cut_is_refused(
+    token: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = keeper.token_path()
+    path.write_text(token)
+    with pytest.raises(SettingsError, match=f"{path} {told}.*Remove it"):
+        keeper.token_path()
+    path.unlink()
+    assert len(keeper.token_path().read_text()) == 64
+
+
+def test_a_token_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    done: list[int] = []
+    fsync, link = os.fsync, os.link
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(os.fstat(descriptor).st_ino)
+
+    def linked(source: str, target: Path) -> None:
+        assert os.stat(source).st_ino in done
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    path = keeper.token_path()
+    assert done == [path.stat().st_ino, path.parent.stat().st_ino]
+
+
 def test_the_keeper_is_small() -> None:
     code = "import sys, zcinfer.ray_node, zcinfer.keeper; print(sys.modules.keys() & {'ray', 'torch', 'dask', 'numpy'})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=Path(keeper.__file__).parents[1]) == b"set()\n"

@@ -151,6 +151,9 @@ def test_a_token_file_is_there_private_and_not_empty(tmp_path: Path) -> None:
     path.touch(0o600)
     with pytest.raises(SettingsError, match="is empty"):
         keeper.token_path(str(path))
+    path.write_text("ab" * 15)
+    with pytest.raises(SettingsError, match="has 30 characters, and must have 32"):
+        keeper.token_path(str(path))
     path.write_text("ab" * 32)
     for mode in (0o604, 0o620, 0o644):
         path.chmod(mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -201,6 +202,22 @@ def test_code_of_who_can_write_there_is_not_run(
     with pytest.raises(ZcinferError):  # what it opens is no module; but it is opened, as was asked for
         zc.put(f"file://{shared}/{digest}", "taken", trust=True)
     assert ran.exists()
+
+
+def test_nothing_is_signed_with_an_empty_token(
+    registry: Path, shared: Path, elsewhere: Registry, tmp_path: Path
+) -> None:
+    digest = zc.put(layer(), "layer").digest
+    upload = only_upload(shared, digest)
+    seal = hashlib.sha256((upload / DESCRIPTION).read_bytes()).hexdigest()
+    anybodys = hmac.new(b"", f"zcinfer archive {seal}".encode(), hashlib.sha256).hexdigest()
+    (upload / COPY).write_text(json.dumps({"signature": anybodys}))
+    os.truncate(tmp_path / "state" / "zcinfer" / "ray-token", 0)
+    with pytest.raises(SettingsError, match="ray-token is empty"):
+        elsewhere.archive(digest)
+    with pytest.raises(SettingsError, match="ray-token is empty"):
+        zc.put(layer(), "layer")
+    assert nothing_of(elsewhere)
 
 
 def test_a_copy_under_anothers_digest_is_refused(registry: Path, shared: Path, elsewhere: Registry) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from .errors import SettingsError, StoreUnavailable
+from .files import sync_directory
 from .ray_node import MARK, PREFIX, claim, clear, sweep
 
 LOG = "ray-start.log"
@@ -34,6 +35,8 @@ KEEPER = "import sys; sys.path.append(sys.argv[1]); from zcinfer.ray_node import
 STOP_TIMEOUT = 20.0
 # Ray starts with no less. Its sockets need 64 of the 107 bytes that a socket's path may have
 SMALLEST_STORE, LONGEST_DIRECTORY = 75 * 2**20, 43
+# Characters of a token: ours have 64, and what signs copies must not be guessed by who has one
+SHORTEST_TOKEN = 32
 # With these our Ray would become part of something of the user's
 FOREIGN = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS", "RAY_GCS_SERVER_PORT", "RAY_NAMESPACE", "RAY_START_HOOK")
 INSTEAD = 'or use memory-mapped files instead of Ray, with the setting zcinfer.store: "file".'
@@ -67,7 +70,7 @@ def token_path(given: str | None = None) -> Path:
     Raises
     ------
     SettingsError
-        The file cannot be made, or others can read it; or the given one is not there.
+        The file cannot be made, others can read it, or it is empty or short; or the given one is not there.
     """
     if given:
         return _given_token(Path(given).expanduser().absolute())
@@ -78,9 +81,12 @@ def token_path(given: str | None = None) -> Path:
             with tempfile.NamedTemporaryFile("w", dir=path.parent) as new:
                 new.write(secrets.token_hex(32))
                 new.flush()
+                # Else a loss of power may leave the name with an empty file
+                os.fsync(new.fileno())
                 # A link appears whole and only once: of processes that race all but one find the name taken
                 with contextlib.suppress(FileExistsError):
                     os.link(new.name, path)
+            sync_directory(path.parent)
         status = path.stat()
     except (OSError, RuntimeError) as error:
         raise SettingsError(
@@ -88,6 +94,15 @@ def token_path(given: str | None = None) -> Path:
         ) from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise SettingsError(f"{path} is not yours alone (mode 0600), so others could use your Ray. Remove it.")
+    try:
+        found = len(path.read_bytes().strip())
+    except OSError as error:
+        raise SettingsError(f"the token of our own Ray, {path}, cannot be read: {error}. Remove it.") from error
+    if found < SHORTEST_TOKEN:
+        raise SettingsError(
+            f"{path} {_too_short(found)}: whoever guesses it can use your Ray, and sign models for you. "
+            "Remove it, and a new one is made; or copy that of another machine of yours to it."
+        )
     return path
 
 
@@ -103,8 +118,10 @@ def _given_token(path: Path) -> Path:
         raise SettingsError(
             f"the token file {path} (zcinfer.ray.token-file) cannot be read: {error}. Copy the head's to it, mode 0600."
         ) from error
-    if not token:
-        raise SettingsError(f"the token file {path} (zcinfer.ray.token-file) is empty. Copy the head's to it.")
+    if len(token) < SHORTEST_TOKEN:
+        raise SettingsError(
+            f"the token file {path} (zcinfer.ray.token-file) {_too_short(len(token))}. Copy the head's to it."
+        )
     # A group may read it, since secrets that are mounted into containers belong to root and a group
     if status.st_mode & 0o027:
         raise SettingsError(
@@ -112,6 +129,10 @@ def _given_token(path: Path) -> Path:
             f"chmod 600 {path}; if somebody may have read it, remove the head's, start the head anew and copy again."
         )
     return path
+
+
+def _too_short(characters: int) -> str:
+    return f"has {characters} characters, and must have {SHORTEST_TOKEN}" if characters else "is empty"
 
 
 def runs_here(address: str) -> bool:
