@@ -101,6 +101,31 @@ def test_a_copy_is_written_once(registry: Path, shared: Path) -> None:
     assert only_upload(shared, ref.digest) == first
 
 
+def test_what_is_fetched_is_on_disk_before_it_has_its_name(
+    registry: Path, url: str, elsewhere: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = zc.put(layer(), "layer").digest
+    target = elsewhere.directory / "archives" / digest
+    fsync, rename = os.fsync, os.rename
+    synced: set[int] = set()
+    unsynced: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def install(source: Path, name: Path) -> None:
+        assert name == target
+        unsynced.extend(path.name for path in [source, *source.iterdir()] if path.stat().st_ino not in synced)
+        rename(source, name)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", install)
+    elsewhere.archive(digest)
+    assert unsynced == []
+    assert target.is_dir()
+
+
 def test_without_the_setting_nothing_is_fetched_or_imported(tmp_path: Path) -> None:
     script = f"""
 import sys

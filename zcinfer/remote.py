@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from . import config
 from .archive import DESCRIPTION, MOST_DESCRIPTION, SKELETON, WEIGHTS, Archive, file_sizes, read_description
 from .description import Description
 from .errors import ArchiveError, ModelNotFound, RemoteUnavailable, SettingsError, UntrustedArchive, ZcinferError
-from .files import create, open_regular, parse_json, write_file
+from .files import create, open_regular, parse_json, sync_directory, write_file
 from .keeper import has_token, token_path
 from .progress import bytes_bar
 
@@ -138,7 +139,7 @@ class Remote:
     def download(
         self, digest: str, directory: Path, make_room: Callable[[str, int], object], trust: bool = False
     ) -> Archive:
-        """Copy an archive from there into ``directory``, which is new, and compare all its contents.
+        """Copy an archive from there into ``directory``, which is new; it is compared, and on disk, on return.
 
         Parameters
         ----------
@@ -186,6 +187,7 @@ class Remote:
             archive.verify()
         except ArchiveError as error:
             raise self._spoilt(digest, upload, str(error).replace(f"{directory}/", "")) from error
+        sync_directory(directory)
         log.info("%s was fetched from %s", digest[:12], self.url)
         return archive
 
@@ -245,6 +247,8 @@ class Remote:
                     file.write(piece)
                     nbytes -= len(piece)
                     advance(len(piece))
+            file.flush()
+            os.fsync(file.fileno())
 
     @contextmanager
     def _told(self, what: str, missing: bool = False) -> Iterator[None]:
