@@ -267,6 +267,37 @@ def test_another_users_copy_does_not_hide_ones_own(
     assert elsewhere.archive(digest).description.digest == digest
 
 
+def a_plain_file(upload: Path) -> None:
+    upload.touch()
+
+
+def a_folder_for_a_file(upload: Path) -> None:
+    (upload / COPY).mkdir(parents=True)
+
+
+def a_link_in_a_circle(upload: Path) -> None:
+    upload.symlink_to(upload)
+
+
+@pytest.mark.parametrize("spoil", [a_plain_file, a_folder_for_a_file, a_link_in_a_circle])
+def test_what_cannot_be_read_does_not_hide_what_is_good(
+    spoil: Callable[[Path], None], registry: Path, shared: Path, elsewhere: Registry
+) -> None:
+    digest = zc.put(layer(), "layer").digest
+    good = only_upload(shared, digest)
+    first = good.with_name("0" * 32)  # they are tried in the order of their names
+    spoil(first)
+    elsewhere.archive(digest).verify()
+    shutil.rmtree(elsewhere.directory)
+    flip(good / WEIGHTS)
+    with pytest.raises(ArchiveError, match=f"{good.name} is truncated or altered"):  # says most
+        elsewhere.archive(digest)
+    shutil.rmtree(good)
+    with pytest.raises(RemoteUnavailable, match=f"{first.name}/{COPY} cannot be read"):
+        elsewhere.archive(digest)
+    assert nothing_of(elsewhere)
+
+
 # --- uploads -------------------------------------------------------------------------------------------------------
 
 

@@ -157,15 +157,14 @@ class Remote:
         UntrustedArchive, ArchiveError
             There is none that is signed with this user's token; or that is whole.
         RemoteUnavailable
-            The URL cannot be read.
+            The URL cannot be read, or nothing of what is there.
         """
-        refused: ArchiveError | None = None
+        refused: ZcinferError | None = None
         for upload in self.uploads(digest):
             try:
                 return self._download(digest, upload, directory, make_room, trust)
-            except ArchiveError as error:
-                # What was written and is spoilt says more than what is another's
-                refused = error if refused is None or isinstance(refused, UntrustedArchive) else refused
+            except (ArchiveError, RemoteUnavailable) as error:  # the next one may be good
+                refused = max(refused or error, error, key=_telling)
                 shutil.rmtree(directory, ignore_errors=True)
         if refused is not None:
             raise refused
@@ -263,6 +262,11 @@ class Remote:
                 f"{what}: {type(error).__name__}: {error}. Look at the address (zcinfer.remote), the network, and "
                 "the rights that fsspec has there."
             ) from error
+
+
+def _telling(error: ZcinferError) -> int:
+    """How much an error says: of what was written and is spoilt more than of what cannot be read, or is another's."""
+    return (UntrustedArchive, RemoteUnavailable, ArchiveError).index(type(error))
 
 
 def _key() -> bytes:
