@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -296,6 +297,55 @@ def test_what_cannot_be_read_does_not_hide_what_is_good(
     with pytest.raises(RemoteUnavailable, match=f"{first.name}/{COPY} cannot be read"):
         elsewhere.archive(digest)
     assert nothing_of(elsewhere)
+
+
+@pytest.mark.parametrize("name", [COPY, DESCRIPTION, SKELETON, WEIGHTS])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
+    name: str, registry: Path, shared: Path, elsewhere: Registry
+) -> None:
+    digest = zc.put(layer(), "layer").digest
+    path = only_upload(shared, digest) / name
+    path.unlink()
+    os.mkfifo(path)
+    opened: list[None] = []
+    # Gives a reader that waits an end of file: then the test fails, and does not hang
+    writer = threading.Thread(target=lambda: opened.append(os.close(os.open(path, os.O_WRONLY))), daemon=True)
+    writer.start()
+    try:
+        with pytest.raises(RemoteUnavailable, match=f"{name} cannot be read: OSError: .*no regular file"):
+            elsewhere.archive(digest)
+        assert nothing_of(elsewhere)
+        assert not opened
+    finally:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        writer.join()
+
+
+def test_a_model_that_is_fetched_keeps_no_other_waiting(registry: Path, shared: Path, elsewhere: Registry) -> None:
+    first, second = (zc.put(layer(seed), "layer").digest for seed in (0, 1))
+    assert first[:2] != second[:2]
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Registry):
+        def make_room(self, digest: str, nbytes: int) -> None:
+            begun.set()
+            go_on.wait(60)
+
+    fetching = threading.Thread(target=Slow(elsewhere.directory).archive, args=(first,))
+    other = threading.Thread(target=elsewhere.archive, args=(second,))
+    fetching.start()
+    try:
+        assert begun.wait(60)
+        other.start()
+        other.join(20)
+        assert not other.is_alive()
+        elsewhere.local(second).verify()
+        assert fetching.is_alive()
+    finally:
+        go_on.set()
+        fetching.join()
+        other.join()
+    elsewhere.local(first).verify()
 
 
 # --- uploads -------------------------------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ class Registry:
         from .remote import Remote  # and fsspec, for those who use it
 
         copies = Remote(str(config.get("remote")))
-        with self.shared.told_where(), self.shared.lock(".lock-restore"):
+        # By the digest's beginning: other models hardly ever wait, and there are not ever more of these files
+        with self.shared.told_where(), self.shared.lock(f".lock-restore-{digest[:2]}"):
             if self._archive_directory(digest).exists():
                 return
             with self.shared.temporary() as temporary:

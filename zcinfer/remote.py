@@ -220,11 +220,15 @@ class Remote:
         return f"{self._root}/{digest}/{upload}/{name}"
 
     def _read(self, path: str, most: int) -> bytes:
-        with self._told(f"{path} cannot be read", missing=True), self._files.open(path, "rb") as file:
+        with self._told(f"{path} cannot be read", missing=True), self._open(path) as file:
             content: bytes = file.read(most + 1)
         if len(content) > most:
             raise ArchiveError(f"{path} has more than {most:,} bytes, which are all that is read of it.")
         return content
+
+    def _open(self, path: str) -> Any:
+        # In a directory there may be a pipe in its place, whose writer one would wait for
+        return self._files.open(path, "rb") if self.directory is None else open(open_regular(path), "rb")
 
     def _send(self, source: Path, path: str, advance: Callable[[int], object]) -> None:
         with open(open_regular(source), "rb", buffering=0) as file, self._files.open(path, "wb") as target:
@@ -236,7 +240,7 @@ class Remote:
         """Copy so many bytes; more are not asked for, and fewer are found when the archive is compared."""
         with create(target) as file:
             with self._told(f"{path} cannot be read"):
-                source = self._files.open(path, "rb")
+                source = self._open(path)
             with source:
                 while nbytes > 0:
                     with self._told(f"{path} cannot be read"):
