@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -411,6 +412,36 @@ def test_two_that_upload_at_once_and_one_that_is_killed(tmp_path: Path, shared: 
     assert whole.count(False) == 1
     assert whole.count(True) in (1, 2)
     elsewhere.archive(digest).verify()
+
+
+# --- directories ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["{}/shared", "{}/my models/", "~/shared"])
+def test_what_an_error_says_of_a_directory_can_be_done(
+    given: str, registry: Path, elsewhere: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = layer()
+    with dask.config.set({"zcinfer.remote": given.format(tmp_path)}):
+        with monkeypatch.context() as other:
+            another_user(other, tmp_path)
+            digest = zc.put(model, "layer").digest
+            told = json.loads(CliRunner().invoke(cli.main, ["info", "layer", "--json"]).output)["copy"]
+        with pytest.raises(UntrustedArchive) as refused:
+            elsewhere.archive(digest)
+        said = re.search(r"zcinfer put (.*) --name NAME --trust", str(refused.value))
+        assert said is not None
+        assert said[1] == told == f"file://{tmp_path}/{Path(given).name}/{digest}"
+        catalog.connect(f"file:{elsewhere.directory}")
+        done = CliRunner().invoke(cli.main, ["put", said[1], "--name", "bert", "--trust"])
+        assert done.exit_code == 0, done.output
+        assert torch.equal(zc.load("bert").weight, model.weight)
+
+
+def test_a_home_that_nobody_has_is_told(elsewhere: Registry) -> None:
+    with pytest.raises(SettingsError, match=r"~no-such-user/models.*home directory.*zcinfer\.remote"):
+        Remote("~no-such-user/models")
 
 
 # --- URLs that cannot be used --------------------------------------------------------------------------------------

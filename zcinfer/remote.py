@@ -46,7 +46,12 @@ class Remote:
     Parameters
     ----------
     url : str
-        Any that fsspec knows; keys and regions are fsspec's configuration.
+        Any that fsspec knows; keys and regions are fsspec's configuration. Or the path of a directory.
+
+    Attributes
+    ----------
+    url : str
+        The same as a URL, also of a directory.
 
     Raises
     ------
@@ -60,7 +65,7 @@ class Remote:
     """
 
     def __init__(self, url: str):
-        self.url = url.rstrip("/") or url
+        self.url = _as_url(url)
         try:
             from fsspec.core import url_to_fs  # may be missing where models are only loaded
 
@@ -266,6 +271,16 @@ class Remote:
                 f"{what}: {type(error).__name__}: {error}. Look at the address (zcinfer.remote), the network, and "
                 "the rights that fsspec has there."
             ) from error
+
+
+def _as_url(given: str) -> str:
+    """What is shown to people: ``URL/<digest>`` can be put."""
+    if "://" in given:
+        return given.rstrip("/") or given
+    try:
+        return f"file://{Path(given).expanduser().absolute()}"  # fsspec takes the %20 of as_uri for what it looks like
+    except RuntimeError as error:
+        raise SettingsError(f"{given!r} cannot be used for copies of models: {error} (zcinfer.remote)") from error
 
 
 def _telling(error: ZcinferError) -> int:
