@@ -456,6 +456,26 @@ def test_a_url_that_cannot_be_used_is_told(url: str, told: str, elsewhere: Regis
         elsewhere.archive("0" * 64)
 
 
+NOWHERE = ["s3://", "s3:///", "s3:/bucket/models", "memory://", "file:", "file://", "file:///", "/", "models"]
+
+
+@pytest.mark.parametrize("url", [*NOWHERE, "file://models", "local://models", "simplecache::file://models"])
+def test_a_url_that_names_no_place_is_refused(
+    url: str, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with dask.config.set({"zcinfer.remote": url}), pytest.raises(SettingsError, match=f"'{url}' names no place"):
+        zc.put(layer(), "layer")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("url", ["memory://models", "memory://models//", "memory:///models/", "file:///a/b///"])
+def test_only_slashes_at_the_end_are_taken_off(url: str) -> None:
+    assert Remote(url).url == re.sub("/*$", "", url)
+
+
 def test_a_url_that_does_not_answer_is_told(elsewhere: Registry) -> None:
     with (
         dask.config.set({"zcinfer.remote": "http://127.0.0.1:9/models"}),

@@ -46,7 +46,7 @@ class Remote:
     Parameters
     ----------
     url : str
-        Any that fsspec knows; keys and regions are fsspec's configuration. Or the path of a directory.
+        Any that fsspec knows; keys and regions are fsspec's configuration. Or the whole path of a directory.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Remote:
     Raises
     ------
     SettingsError
-        fsspec does not know it, or a package for it is missing.
+        fsspec does not know it, a package for it is missing, or it names no place.
 
     Examples
     --------
@@ -274,11 +274,18 @@ class Remote:
 
 
 def _as_url(given: str) -> str:
-    """What is shown to people: ``URL/<digest>`` can be put."""
-    if "://" in given:
-        return given.rstrip("/") or given
+    """What is shown to people: ``URL/<digest>`` can be put. What fsspec takes for the current directory is refused."""
+    scheme, is_url, place = given.partition("://") if "://" in given else ("file", "", given)
+    place = place.rstrip("/")
+    if not place or (scheme.rpartition("::")[2] in ("file", "local") and not place.startswith(("/", "~"))):
+        raise SettingsError(
+            f"{given!r} names no place for copies of models: give a URL, as s3://bucket/models or "
+            "file:///shared/models, or the whole path of a directory (zcinfer.remote)."
+        )
+    if is_url:
+        return f"{scheme}://{place}"
     try:
-        return f"file://{Path(given).expanduser().absolute()}"  # fsspec takes the %20 of as_uri for what it looks like
+        return f"file://{Path(place).expanduser()}"  # fsspec takes the %20 of as_uri for what it looks like
     except RuntimeError as error:
         raise SettingsError(f"{given!r} cannot be used for copies of models: {error} (zcinfer.remote)") from error
 
