@@ -349,6 +349,32 @@ def test_a_model_that_is_fetched_keeps_no_other_waiting(registry: Path, shared: 
     elsewhere.local(first).verify()
 
 
+def half_a_copy(upload: Path) -> None:
+    upload.mkdir()
+
+
+@pytest.mark.parametrize("spoil", [half_a_copy, a_plain_file])
+@pytest.mark.parametrize("name", ["0" * 32, "f" * 32])
+def test_who_trusts_gets_what_another_has_written_beside_what_is_spoilt(
+    spoil: Callable[[Path], None],
+    name: str,
+    registry: Path,
+    shared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    model = layer()
+    with monkeypatch.context() as other:
+        another_user(other, tmp_path)
+        digest = zc.put(model, "layer").digest
+    spoil(only_upload(shared, digest).with_name(name))
+    zc.delete("layer")
+    with pytest.raises((ArchiveError, RemoteUnavailable), match=name):
+        zc.put(f"{shared.as_uri()}/{digest}", "taken")
+    zc.put(f"{shared.as_uri()}/{digest}", "taken", trust=True)
+    assert torch.equal(zc.load("taken").weight, model.weight)
+
+
 # --- uploads -------------------------------------------------------------------------------------------------------
 
 

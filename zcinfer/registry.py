@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from . import config
 from .archive import DESCRIPTION, SKELETON, WEIGHTS, Archive, copy_archive, write_archive
 from .description import is_digest
-from .errors import ArchiveError, ModelNotFound, SettingsError, UntrustedArchive
+from .errors import ArchiveError, ModelNotFound, RemoteUnavailable, SettingsError
 from .files import read_whole, sync_directory, write_file
 from .names import Names, Version, check_name
 from .seals import Seals
@@ -174,7 +174,7 @@ class Registry:
             with self.shared.told_where():
                 try:
                     self.seals.add(copies.download(digest, target, self.make_room))
-                except UntrustedArchive:
+                except (ArchiveError, RemoteUnavailable):  # of another upload, perhaps
                     if not trust:
                         raise
                     copies.download(digest, target, self.make_room, trust=True)
