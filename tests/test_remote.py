@@ -149,6 +149,28 @@ def test_what_is_nowhere_is_told(url: str, elsewhere: Registry) -> None:
         elsewhere.archive("../" * 21 + "x")
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, DESCRIPTION])
+def test_an_archive_that_was_cut_is_replaced_from_its_copy(name: str, registry: Path, url: str) -> None:
+    model = layer()
+    ref = zc.put(model, "layer")
+    archive = registry / "archives" / ref.digest
+    cut(archive / name)
+    assert torch.equal(zc.load(ref).weight, model.weight)
+    Registry(registry).local(ref.digest).verify()
+
+
+def test_an_archive_that_was_cut_and_has_no_copy_is_told(registry: Path, tmp_path: Path) -> None:
+    digest = zc.put(layer(), "layer").digest
+    cut(registry / "archives" / digest / WEIGHTS)
+    for url in ("memory://nothing-here", "http://127.0.0.1:9/models"):
+        with (
+            dask.config.set({"zcinfer.remote": url}),
+            pytest.raises(ArchiveError, match=f"{WEIGHTS} is truncated.*Nor is its copy to be had: .*{url}"),
+        ):
+            Registry(registry).archive(digest)
+    assert (registry / "archives" / digest / WEIGHTS).exists()
+
+
 def test_a_copy_is_published_under_a_name(registry: Path, url: str, elsewhere: Registry) -> None:
     model = layer()
     digest = zc.put(model, "layer").digest

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from . import config
 from .archive import DESCRIPTION, SKELETON, WEIGHTS, Archive, copy_archive, write_archive
 from .description import is_digest
-from .errors import ArchiveError, ModelNotFound, RemoteUnavailable, SettingsError
+from .errors import ArchiveError, ModelNotFound, RemoteUnavailable, SettingsError, StoreError
 from .files import read_whole, sync_directory, write_file
 from .names import Names, Version, check_name
 from .seals import Seals
@@ -111,7 +111,7 @@ class Registry:
         return Archive(directory)
 
     def archive(self, digest: str) -> Archive:
-        """The archive with that digest; one that is not here comes from the URL of copies, if that is set.
+        """The archive with that digest; one that is not here, or was cut, comes from the URL of copies, if that is set.
 
         Raises
         ------
@@ -122,8 +122,18 @@ class Registry:
         RemoteUnavailable
             The URL of copies cannot be read.
         """
-        if not self._archive_directory(digest).exists() and config.get("remote"):
-            self._restore(digest)
+        self._archive_directory(digest)
+        try:
+            return self.local(digest)
+        except (ModelNotFound, ArchiveError) as missing:
+            if not config.get("remote"):
+                raise
+            try:
+                self._restore(digest)
+            except (ModelNotFound, ArchiveError, StoreError) as error:
+                if isinstance(missing, ModelNotFound):
+                    raise
+                raise ArchiveError(f"{missing} Nor is its copy to be had: {error}") from error
         return self.local(digest)
 
     def local(self, digest: str) -> Archive:
@@ -148,7 +158,7 @@ class Registry:
         copies = Remote(str(config.get("remote")))
         # By the digest's beginning: other models hardly ever wait, and there are not ever more of these files
         with self.shared.told_where(), self.shared.lock(f".lock-restore-{digest[:2]}"):
-            if self._archive_directory(digest).exists():
+            if self._is_complete(digest):
                 return
             with self.shared.temporary() as temporary:
                 try:
