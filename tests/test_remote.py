@@ -565,6 +565,17 @@ def test_info_tells_of_the_copy(registry: Path, url: str) -> None:
         assert "copy" not in json.loads(CliRunner().invoke(cli.main, ["info", "layer", "--json"]).output)
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/models", "gopher://models"])
+def test_info_tells_what_is_known_where_the_url_does_not_answer(url: str, registry: Path) -> None:
+    ref = zc.put(layer(), "layer")
+    with dask.config.set({"zcinfer.remote": url}):
+        done = CliRunner().invoke(cli.main, ["info", "layer", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    assert told["digest"] == ref.digest
+    assert re.match(f"not known: .*{url}", told["copy"])
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_store_in_ray_fetches_it_too(tmp_path: Path, shared: Path, elsewhere: Registry) -> None:

@@ -112,11 +112,7 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         "verified": verify,
     }
     if url := config.get("remote"):
-        from .remote import Remote
-
-        copies = Remote(str(url))
-        whole = any(copies.is_whole(description.digest, upload) for upload in copies.uploads(description.digest))
-        facts["copy"] = f"{copies.url}/{description.digest}" if whole else f"none at {copies.url}: put it again"
+        facts["copy"] = _copy(str(url), description.digest)
     if as_json:
         click.echo(json.dumps(facts))
     else:
@@ -128,6 +124,18 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         for name, value in facts.items():
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
             click.echo(f"{name:>25}  {printable(text)}")
+
+
+def _copy(url: str, digest: str) -> str:
+    """Where a copy is; or why there is none, or that it cannot be told."""
+    from .remote import Remote
+
+    try:
+        copies = Remote(url)
+        whole = any(copies.is_whole(digest, upload) for upload in copies.uploads(digest))
+    except ZcinferError as error:
+        return f"not known: {error}"
+    return f"{copies.url}/{digest}" if whole else f"none at {copies.url}: put it again"
 
 
 @click.command()
