@@ -17,11 +17,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import dask
+import fsspec
 import pytest
 import torch
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 
 import zcinfer as zc
 from zcinfer import catalog, cli, loading, publishing
@@ -490,6 +493,30 @@ def test_what_an_error_says_of_a_directory_can_be_done(
 def test_a_home_that_nobody_has_is_told(elsewhere: Registry) -> None:
     with pytest.raises(SettingsError, match=r"~no-such-user/models.*home directory.*zcinfer\.remote"):
         Remote("~no-such-user/models")
+
+
+class Buckets(MemoryFileSystem):
+    """As an object store that makes the bucket of a directory that is asked for, which s3fs and gcsfs do."""
+
+    protocol = "buckets"
+    made: ClassVar[list[str]] = []
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self.made.append(path)
+
+
+def test_no_bucket_is_made(registry: Path, elsewhere: Registry) -> None:
+    fsspec.register_implementation("buckets", Buckets, clobber=True)
+    with dask.config.set({"zcinfer.remote": f"buckets://{uuid.uuid4().hex}"}):
+        ref = zc.put(layer(), "layer")
+        assert Buckets.made == []
+        elsewhere.archive(ref.digest).verify()
+
+
+def test_directories_are_made_behind_a_cache_too(registry: Path, shared: Path, elsewhere: Registry) -> None:
+    with dask.config.set({"zcinfer.remote": f"simplecache::file://{shared}"}):
+        ref = zc.put(layer(), "layer")
+    elsewhere.archive(ref.digest).verify()
 
 
 # --- URLs that cannot be used --------------------------------------------------------------------------------------

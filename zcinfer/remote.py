@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from fsspec.core import url_to_fs
+
 from . import config
 from .archive import DESCRIPTION, MOST_DESCRIPTION, SKELETON, WEIGHTS, Archive, file_sizes, read_description
 from .description import Description
@@ -38,6 +40,10 @@ COPY = "copy.json"
 _MOST_COPY = 4096
 _PIECE = 16 << 20
 _UPLOAD = re.compile("[0-9a-f]{32}")
+# Where a file needs a directory. Elsewhere none is made: object stores make the bucket, too, that a mistyped URL names
+_WITH_DIRECTORIES = frozenset(
+    ["file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs", "webHDFS", "dbfs"]
+)
 
 
 class Remote:
@@ -67,8 +73,6 @@ class Remote:
     def __init__(self, url: str):
         self.url = _as_url(url)
         try:
-            from fsspec.core import url_to_fs  # may be missing where models are only loaded
-
             self._files, root = url_to_fs(self.url)
         except ImportError as error:
             raise SettingsError(
@@ -84,9 +88,7 @@ class Remote:
     @property
     def directory(self) -> Path | None:
         """The directory that it is, where it is one of this machine's file systems."""
-        protocols = self._files.protocol
-        local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
-        return Path(self._root or "/") if local else None
+        return Path(self._root or "/") if "file" in _protocols(self._files) else None
 
     def upload(self, archive: Archive, label: str, advance: Callable[[int], object] = int) -> None:
         """Write a copy of an archive, unless a whole one is there.
@@ -110,7 +112,8 @@ class Remote:
         folder = f"{self._root}/{digest}/{uuid4().hex}"
         try:
             with self._told(f"{digest[:12]} cannot be written to {self.url}"):
-                self._files.makedirs(folder, exist_ok=True)
+                if not _WITH_DIRECTORIES.isdisjoint(_protocols(self._files, inner=True)):
+                    self._files.makedirs(folder, exist_ok=True)
                 for name in (WEIGHTS, SKELETON, DESCRIPTION):
                     self._send(archive.directory / name, f"{folder}/{name}", advance)
                 content = {"model": label, "signature": _sign(archive.seal)}
@@ -288,6 +291,14 @@ def _as_url(given: str) -> str:
         return f"file://{Path(place).expanduser()}"  # fsspec takes the %20 of as_uri for what it looks like
     except RuntimeError as error:
         raise SettingsError(f"{given!r} cannot be used for copies of models: {error} (zcinfer.remote)") from error
+
+
+def _protocols(files: Any, inner: bool = False) -> set[str]:
+    """Names of a file system; with ``inner``, also of those that it is a cache of, or a part."""
+    found = getattr(files, "protocol", ())
+    names = {found} if isinstance(found, str) else set(found)
+    below = getattr(files, "fs", None) if inner else None
+    return names | _protocols(below, inner) if below is not None else names
 
 
 def _telling(error: ZcinferError) -> int:
