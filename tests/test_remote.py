@@ -12,9 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -488,6 +490,40 @@ def test_what_an_error_says_of_a_directory_can_be_done(
         done = CliRunner().invoke(cli.main, ["put", said[1], "--name", "bert", "--trust"])
         assert done.exit_code == 0, done.output
         assert torch.equal(zc.load("bert").weight, model.weight)
+
+
+@contextmanager
+def as_an_ordinary_user() -> Iterator[None]:
+    """Root may write everywhere; for a while we are not root."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_directory_of_another_users_model_is_told(registry: Path) -> None:
+    archive = Registry(registry).local(zc.put(layer(), "layer").digest)
+    with tempfile.TemporaryDirectory() as place:  # others cannot come to tmp_path
+        os.chmod(place, 0o755)
+        (Path(place) / archive.description.digest).mkdir(mode=0o555)
+        with (
+            as_an_ordinary_user(),
+            pytest.raises(RemoteUnavailable, match=r"cannot be written.*PermissionError.*Give each user a directory"),
+        ):
+            Remote(place).upload(archive, "layer@1")
+
+
+def test_a_deleted_model_comes_again_by_its_digest_and_goes_with_the_next(registry: Path, url: str) -> None:
+    model = layer(0)
+    ref = zc.put(model, "deleted")
+    zc.put(layer(1), "another")
+    zc.delete("deleted")
+    assert not (registry / "archives" / ref.digest).exists()
+    assert torch.equal(zc.load(ref).weight, model.weight)
+    zc.delete("another")
+    assert list((registry / "archives").iterdir()) == []
 
 
 def test_a_home_that_nobody_has_is_told(elsewhere: Registry) -> None:

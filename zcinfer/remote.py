@@ -270,10 +270,12 @@ class Remote:
         except Exception as error:  # each file system has its own
             if missing and isinstance(error, FileNotFoundError):
                 raise
-            raise RemoteUnavailable(
-                f"{what}: {type(error).__name__}: {error}. Look at the address (zcinfer.remote), the network, and "
-                "the rights that fsspec has there."
-            ) from error
+            what_to_do = "Look at the address (zcinfer.remote), the network, and the rights that fsspec has there."
+            if self.directory is not None and isinstance(error, PermissionError):
+                what_to_do = (
+                    "Give each user a directory (zcinfer.remote): the first to put a model owns its folder there."
+                )
+            raise RemoteUnavailable(f"{what}: {type(error).__name__}: {error}. {what_to_do}") from error
 
 
 def _as_url(given: str) -> str:
