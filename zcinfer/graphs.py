@@ -29,7 +29,8 @@ def new_graph(
         graph.graph._tracer_cls = attributes.get("_tracer_cls")
     else:  # what torch has computed all the same is no part of the state
         graph._non_persistent_buffers_set |= graph._buffers.keys() - attributes["_buffers"].keys()
-    return graph  # type: ignore[no-any-return]
+    module: torch.nn.Module = graph
+    return module
 
 
 def _tracer(names: tuple[str, ...]) -> type[fx.Tracer]:

@@ -12,7 +12,6 @@ Not for names and versions, and nothing that is whole is removed there.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import logging
 import os
@@ -26,13 +25,12 @@ from uuid import uuid4
 
 from fsspec.core import url_to_fs
 
-from . import config
 from .archive import DESCRIPTION, MOST_DESCRIPTION, SKELETON, WEIGHTS, Archive, file_sizes, read_description
 from .description import Description
 from .errors import ArchiveError, ModelNotFound, RemoteUnavailable, SettingsError, UntrustedArchive, ZcinferError
-from .files import create, open_regular, parse_json, sync_directory, write_file
-from .keeper import has_token, token_path
+from .files import create, open_regular, sync_directory, write_file
 from .progress import bytes_bar
+from .signatures import check_signature, sign
 
 log = logging.getLogger("zcinfer")
 
@@ -116,7 +114,7 @@ class Remote:
                     self._files.makedirs(folder, exist_ok=True)
                 for name in (WEIGHTS, SKELETON, DESCRIPTION):
                     self._send(archive.directory / name, f"{folder}/{name}", advance)
-                content = {"model": label, "signature": _sign(archive.seal)}
+                content = {"model": label, "signature": sign(archive.seal)}
                 self._files.pipe_file(f"{folder}/{COPY}", json.dumps(content).encode())
         except BaseException:
             with suppress(Exception):
@@ -209,7 +207,7 @@ class Remote:
                 "model again on a machine that has it, and remove that folder."
             ) from error
         if not trust:
-            _check_signature(signed, hashlib.sha256(text).hexdigest(), f"{self.url}/{digest}", upload)
+            check_signature(signed, hashlib.sha256(text).hexdigest(), f"{self.url}/{digest}", upload)
         try:
             description = read_description(text)
         except (ArchiveError, ValueError) as error:
@@ -306,27 +304,3 @@ def _protocols(files: Any, inner: bool = False) -> set[str]:
 def _telling(error: ZcinferError) -> int:
     """How much an error says: of what was written and is spoilt more than of what cannot be read, or is another's."""
     return (UntrustedArchive, RemoteUnavailable, ArchiveError).index(type(error))
-
-
-def _key() -> bytes:
-    return token_path(config.get("ray.token-file")).read_bytes().strip()
-
-
-def _sign(seal: str) -> str:
-    return hmac.new(_key(), f"zcinfer archive {seal}".encode(), hashlib.sha256).hexdigest()
-
-
-def _check_signature(signed: bytes, seal: str, place: str, upload: str) -> None:
-    given = config.get("ray.token-file")
-    found: Any = None
-    with suppress(ValueError, LookupError, TypeError):
-        found = parse_json(signed)["signature"]
-    known = isinstance(found, str) and found.isascii() and has_token(given)
-    if not known or not hmac.compare_digest(found, _sign(seal)):
-        token = token_path(given) if has_token(given) else "there is none yet"
-        raise UntrustedArchive(
-            f"{place}/{upload} was not signed with the token of this machine ({token}), or was altered. Its skeleton "
-            "is a pickle: opening it runs code from it. If it is yours, copy the token of the machine that wrote it "
-            "(mode 0600) and set zcinfer.ray.token-file; if you trust who can write there: zcinfer put "
-            f"{place} --name NAME --trust."
-        )

@@ -59,6 +59,18 @@ class Published:
         return join(self.parts.skeleton, self.parts.description, self._buffer.copy())
 
 
+def publish(source: str, name: str, elsewhere: bool) -> tuple[dict[str, Any], Any, Published]:
+    """A script, the model that it makes by that name, and what is published of it; elsewhere these are gone."""
+    program = run(source)
+    model = program[name]()
+    published = Published(model)
+    if elsewhere:
+        program.clear()
+        model = None
+        gc.collect()
+    return program, model, published
+
+
 def change_method(program: dict[str, Any]) -> None:
     exec("Net.forward = lambda self, x: x * 7", program)
 
@@ -258,13 +270,7 @@ def build():
 @pytest.mark.parametrize("source", [BY_A_FUNCTION, BY_A_DICTIONARY, BY_A_VARIABLE, BY_A_TENSOR, BY_THE_MODEL])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_what_a_model_and_its_class_have_in_common_stays_so(source: str, elsewhere: bool) -> None:
-    program = run(source)
-    model = program["build"]()
-    published = Published(model)
-    if elsewhere:
-        program.clear()
-        del model
-        gc.collect()
+    _, model, published = publish(source, "build", elsewhere)
     kept = [published.load()]
     assert split(kept[0]).description.digest == published.parts.description.digest
     if not elsewhere:
@@ -296,13 +302,7 @@ class Net(Base):
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_method_of_the_model_is_that_of_the_class_of_the_copy(elsewhere: bool) -> None:
-    program = run(HOOKED)
-    model = program["Net"]()
-    published = Published(model)
-    if elsewhere:
-        program.clear()
-        del model
-        gc.collect()
+    program, _, published = publish(HOOKED, "Net", elsewhere)
     copy = published.load()
     (hook,) = copy.layer._forward_hooks.values()
     assert hook.__self__ is copy
@@ -332,7 +332,8 @@ def test_a_method_of_an_instance_that_its_class_holds() -> None:
         assert copy.known["model"] is copy
         assert copy.known["method"].__self__ is copy
         assert torch.equal(copy.known["method"](X), X * 3)
-        model = program = None  # type: ignore[assignment]
+        program.clear()  # from the second time on as in another process
+        model = None
         gc.collect()
 
 
