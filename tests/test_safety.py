@@ -113,7 +113,12 @@ WRITES = {
     "cache_in_a_buffer": [],
     "data_of_a_small_parameter": [],
     "caches_in_one_storage": ["readers.py in caches_in_one_storage"],
-    "embedding_with_max_norm": ["torch/nn/modules/sparse.py in forward", "readers.py in forward"],
+    "embedding_with_max_norm": [
+        "torch/nn/modules/sparse.py in forward",
+        "traces.py in embedding of model@1 (Embedding)",
+        "readers.py in forward",
+        "traces.py in model@1 (Model)",
+    ],
     "data_of_a_parameter": ["readers.py in data_of_a_parameter"],
     "array_over_a_parameter": ["readers.py in array_over_a_parameter"],
     "parameter_in_a_thread_of_torch": ["readers.py in parameter_in_a_thread_of_torch"],

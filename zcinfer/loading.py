@@ -30,6 +30,7 @@ from .parts import first_alone, join
 from .sharing import spares, written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
 from .stores import is_open, open_store
+from .traces import name_frames
 
 log = logging.getLogger("zcinfer")
 
@@ -142,6 +143,7 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     telemetry.count_load(str(ref), _kind(store, ref, fetched), seconds, shared, private)
     if read_only:
         _tell_read_only(ref)
+        name_frames(model, str(ref))
     return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only)
 
 

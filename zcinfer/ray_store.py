@@ -610,6 +610,8 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
+            # Else Ray keeps a record of every question, for pages that nobody looks at: megabytes an hour in its head
+            enable_task_events=False,
             # Ray leaves an actor without GPUs all of them to see; the holder must not open one. Our own Ray hides them
             # itself: an environment of its own would keep the holder from the worker process that is there already.
             runtime_env={} if ours else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
