@@ -117,6 +117,33 @@ def pids(cluster: distributed.LocalCluster) -> dict[Any, int | None]:
     return {name: nanny.pid for name, nanny in cluster.workers.items()}
 
 
+def spender() -> Callable[[int], tuple[int, int]]:
+    def spend(nbytes: int) -> tuple[int, int]:
+        """Take memory in pieces, keep the last alone; private bytes before and after."""
+        import sys
+
+        import torch  # noqa: F401  # by another thread at the start of the worker, perhaps still
+
+        from zcinfer.memory import process_memory
+
+        before = process_memory().private
+        pieces = [b"x" * (50_000 + number % 2) for number in range(nbytes // 50_000)]
+        sys.kept_by_test = pieces.pop()  # type: ignore[attr-defined]
+        pieces.clear()
+        return before, process_memory().private
+
+    return spend
+
+
+def asking() -> Callable[[], int]:
+    def private() -> int:
+        from zcinfer.memory import process_memory
+
+        return process_memory().private
+
+    return private
+
+
 def hold(client: Client, workers: list[str], path: str, name: str) -> list[Any]:
     """Futures of one mapping on each of ``workers``, running until Event "<name>-released"."""
     return [
@@ -182,6 +209,14 @@ def test_private_memory_above_the_limit_still_restarts_the_worker(
     # The new process has the same limits as the old one
     assert list(cluster.workers[0].plugins) == ["zcinfer-private-memory-limit"]
     unharmed(cluster, client, [cluster.workers[0].worker_address], big_file, "restarted")
+
+
+def test_freed_memory_is_kept_for_the_next_task_and_given_back_at_rest(cluster: LocalCluster, client: Client) -> None:
+    worker = cluster.workers[0].worker_address
+    spent = 60_000_000
+    before, kept = client.submit(spender(), spent, workers=[worker], pure=False).result(timeout=30)
+    assert kept > before + 0.8 * spent
+    wait_until(lambda: client.run(asking(), workers=[worker])[worker] < before + 0.2 * spent)
 
 
 def test_nanny_monitor_is_replaced_once(cluster: LocalCluster, client: Client) -> None:

@@ -2,13 +2,14 @@
 
 For: memory limits that count what a worker has to itself. A model in shared memory is resident in every worker
 that reads it, and Dask would spill, pause and restart each of them for it. For memory that is freed, which is kept, as
-torch needs it again at once. For torch itself, which is imported while nothing waits for it. For the CPUs near its GPU,
-if it was given one: the first of CUDA_VISIBLE_DEVICES, whoever set that. And for counters (`telemetry`), which ride on
-the heartbeat. Not for: models, nor which worker has which GPU.
+torch needs it again at once, until there is nothing to do. For torch itself, which is imported while nothing waits for
+it. For the CPUs near its GPU, if it was given one: the first of CUDA_VISIBLE_DEVICES, whoever set that. And for
+counters (`telemetry`), which ride on the heartbeat. Not for: models, nor which worker has which GPU.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import pickle
 import signal
@@ -21,13 +22,16 @@ from typing import Any
 
 from distributed import NannyPlugin, Status, WorkerPlugin
 from distributed.worker_memory import NannyMemoryManager
+from tornado.ioloop import PeriodicCallback
 
 from . import prometheus, sampling, stores, telemetry
-from .memory import keep_freed, process_memory
+from .memory import give_back_freed, keep_freed, process_memory
 from .pinning import bind_to_device, spans
 
 # Seconds for which a heartbeat tells of a job after its last block
 TOLD = 60.0
+# Seconds after the last task until freed memory is given back, or twice that
+REST = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,25 @@ def tell_counters(worker: Any) -> None:
         worker.metrics["zcinfer"] = lambda _: telemetry.snapshot(since=time.time() - TOLD) | sampling.latest()
 
 
+class Rest:
+    """Gives freed memory back to the system when a worker has had nothing to do for a while.
+
+    What batches leave for the next ones can be as much as all else that a worker holds.
+    """
+
+    def __init__(self, worker: Any):
+        self._worker, self._seen, self._given = worker, 0, 0
+
+    async def look(self) -> None:
+        """Look whether there is something to do; at the second look without, give back."""
+        state = self._worker.state
+        rests = not state.executing and not state.ready and state.executed_count == self._seen
+        self._seen = state.executed_count
+        if rests and self._given != self._seen:
+            self._given = self._seen
+            await asyncio.to_thread(give_back_freed)
+
+
 async def send_heartbeat(dask_worker: Any) -> None:
     """Have the scheduler know what this worker has counted so far."""
     await dask_worker.heartbeat()
@@ -112,7 +135,9 @@ def dask_setup(worker: Any) -> None:
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
         return
-    keep_freed()
+    if keep_freed():
+        worker.periodic_callbacks["zcinfer-rest"] = looks = PeriodicCallback(Rest(worker).look, 1000 * REST)
+        looks.start()
     # The one figure behind the spill and pause thresholds, the heartbeat and the scheduler's decisions.
     worker.monitor.get_process_memory = lambda: process_memory().private
     if worker.nanny is not None:
