@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ import zcinfer as zc
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("registry")]
 
 BLOCKS = 8
+# By hand with more: 49 is what a heartbeat each second is for
+WORKERS = int(os.environ.get("ZCINFER_LAG_WORKERS", "2"))
 BAR = 2.0
 
 
@@ -44,7 +47,7 @@ def rows(client: Client) -> float:
 
 @pytest.fixture
 def client() -> Any:
-    with zc.LocalCluster(n_workers=2, dashboard=False) as cluster, cluster.get_client() as client:
+    with zc.LocalCluster(n_workers=WORKERS, dashboard=False) as cluster, cluster.get_client() as client:
         yield client
 
 
