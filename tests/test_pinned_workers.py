@@ -179,7 +179,7 @@ def refused(*arguments):
     return result.output
 
 print(json.dumps([
-    [refused(*verb, *options.split()) for verb in (["cluster"], ["node", "--head"])]
+    [refused(*verb, *options.split()) for verb in (["cluster"], ["node", "--head"], ["run", "none", "x", "y"])]
     for options in ("--gpus 0,7", "--gpus 1", "--gpus all --workers 2", "--jobs-per-gpu 2")
 ]))
 """
@@ -193,8 +193,45 @@ def test_what_the_command_line_refuses(driver: dict[str, str]) -> None:
         "2 workers (n_workers=, --workers) and GPUs",
         "jobs_per_gpu=2 needs GPUs to be on",
     ]
-    for both, said in zip(told, expected, strict=True):
-        assert all(said in output for output in both)
+    for outputs, said in zip(told, expected, strict=True):
+        assert all(said in output for output in outputs)
+
+
+RUN = """
+from pathlib import Path
+import numpy as np, torch, zarr
+from click.testing import CliRunner
+from zcinfer.cli import main
+
+class Where(torch.nn.Module):
+    def forward(self, x):
+        if type(x) is torch.Tensor:
+            (Path(__file__).parent / f"at-{os.getpid()}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        return x * 2
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent
+    os.environ["DASK_ZCINFER__REGISTRY"] = str(folder / "registry")
+    import dask
+    dask.config.set({"zcinfer.registry": str(folder / "registry")})
+    zc.connect("file")
+    zc.put(Where().eval(), "where")
+    zarr.create_array(str(folder / "x.zarr"), data=np.ones((40, 2), "f4"), chunks=(1, 2))
+    done = CliRunner().invoke(main, ["run", "where", str(folder / "x.zarr"), str(folder / "y.zarr"), "--store", "file",
+                                     "--gpus", "0", "--jobs-per-gpu", "2", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    seen = {path.read_text() for path in folder.glob("at-*")}
+    print(json.dumps([done.output, sorted(seen), float(zarr.open_array(str(folder / "y.zarr"))[:].sum())]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_gpus(driver: dict[str, str], tmp_path: Path) -> None:
+    output, seen, total = script(RUN, tmp_path, driver)
+    assert seen == [WHOLE]
+    assert total == 160
+    assert "0 (" in output
+    assert "2 jobs" in output
 
 
 def test_what_says_twice_which_gpu_is_refused() -> None:

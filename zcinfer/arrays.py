@@ -49,6 +49,7 @@ def predict(
     postprocess: Callable[..., Any] | None = None,
     autocast: str | None = None,
     dtype: str | None = None,
+    engine: str = "eager",
     sort_by: str | None = None,
     columns: Any = None,
     into: Any = None,
@@ -70,7 +71,7 @@ def predict(
     output : str, int or callable, or a list of them, optional
         Which output: a key or attribute, a position, or ``f(output, inputs) -> tensor``. A list: several arrays, of one
         pass over the inputs if they are computed together. Default: the only tensor.
-    method, training, device, preprocess, postprocess, autocast, dtype, sort_by
+    method, training, device, preprocess, postprocess, autocast, dtype, engine, sort_by
         As for `Predictor`.
     columns : label, list of labels, or dict of them
         Of a DataFrame only: one column is an input ``(rows,)``, a list one ``(rows, columns)`` in the dtype that they
@@ -135,6 +136,7 @@ def predict(
         "postprocess": postprocess,
         "autocast": autocast,
         "dtype": dtype,
+        "engine": engine,
         "sort_by": sort_by,
     }
     table = Table.of(arrays, inputs, columns, into)

@@ -15,6 +15,9 @@ from .rows import Array, Rows, to_numpy
 
 AUTOCAST = ("bfloat16", "float16")
 
+# Gives the chosen outputs of the tensors of a batch, the last of which have names
+Function = Callable[[Sequence[torch.Tensor], tuple[str, ...]], tuple[torch.Tensor, ...]]
+
 
 @dataclass(frozen=True)
 class Call:
@@ -95,10 +98,11 @@ class Call:
                 )
         return prepared, names
 
-    def on(
-        self, model: torch.nn.Module
-    ) -> Callable[[Sequence[torch.Tensor], tuple[str, ...]], tuple[torch.Tensor, ...]]:
-        """The call of that model, for one batch after the other: the chosen outputs of tensors, the last by name."""
+    def on(self, model: torch.nn.Module, keep_casts: bool = True) -> Function:
+        """The call of that model, for one batch after the other: the chosen outputs of tensors, the last by name.
+
+        ``keep_casts``: whether autocast may cast weights once a call, and not in each operator that they go into.
+        """
         function = model if self.method == "forward" else getattr(model, self.method, None)
         if not callable(function):
             raise SettingsError(f"{type(model).__name__} has no method {self.method!r}")
@@ -113,7 +117,7 @@ class Call:
             if autocast is None:
                 output = call(*positional, **named, **constants)
             else:
-                with torch.autocast(tensors[0].device.type, autocast):
+                with torch.autocast(tensors[0].device.type, autocast, cache_enabled=keep_casts):
                     output = call(*positional, **named, **constants)
             inputs: Any = {**dict(enumerate(positional)), **named} if named else tuple(tensors)
             return tuple([choose(output, which, inputs) for which in wanted])

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .cli_shared import JSON, STORE, see_here
+from .cli_shared import GPUS, JOBS_PER_GPU, JSON, STORE, see_here
 from .errors import SettingsError
 
 
@@ -33,7 +33,11 @@ from .errors import SettingsError
 @click.option("--training", type=click.Choice(["refuse", "eval", "keep"]), default="refuse", show_default=True,
               help="What to do with a model in train mode.")  # fmt: skip
 @click.option("--device", help="Default: cuda where there is one, else cpu.")
+@click.option("--engine", type=click.Choice(["eager", "graph", "compile"]), default="eager", show_default=True,
+              help="What runs the operators: torch, CUDA graphs (on a GPU), or torch.compile.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1), help="Worker processes. Default: one per core.")
+@GPUS
+@JOBS_PER_GPU
 @click.option("--scheduler", help="Address of a running Dask scheduler, instead of workers started here.")
 @click.option("--start-over", is_flag=True, help="Throw away what an earlier run of ours left in TARGET.")
 @click.option("--report", type=click.Path(), metavar="FILE.html",
@@ -54,7 +58,10 @@ def run(
     check_finite: bool,
     training: str,
     device: str | None,
+    engine: str,
     workers: int | None,
+    gpus: str | None,
+    jobs_per_gpu: int,
     scheduler: str | None,
     start_over: bool,
     report: str | None,
@@ -72,8 +79,9 @@ def run(
     """
     named = dict(_named(text) for text in inputs)
     *source, target = paths
-    if scheduler is not None and workers is not None:
-        raise SettingsError("--workers is for workers started here; those of --scheduler are what they are")
+    for name, given in ("workers", workers), ("gpus", gpus):
+        if scheduler is not None and given is not None:
+            raise SettingsError(f"--{name} is for workers started here; those of --scheduler are what they are")
     if len(source) != (0 if named else 1):
         raise SettingsError("give SOURCE and TARGET; or TARGET alone, and one --input NAME=URL or more")
     rows: int | str = int(batch_size) if batch_size.isdigit() else batch_size
@@ -88,6 +96,14 @@ def run(
     see_here()
     if report is not None:
         check_path(report)
+    if gpus is not None or jobs_per_gpu > 1:
+        from .cluster import check_unpinned
+        from .pinning import Pinning
+
+        Pinning.of(gpus, jobs_per_gpu)
+        check_unpinned(workers, None)
+    elif scheduler is None and engine == "graph":
+        _refuse_graphs_without_gpus(device)
     if store is None and catalog.current() is None:
         store = str(config.get("store"))
     ray = store is not None and store.partition(":")[0] == "ray"
@@ -103,6 +119,7 @@ def run(
         method=method,
         training=training,
         device=device,
+        engine=engine,
         block_rows=block_rows,
         chunk_rows=chunk_rows,
         guard=Guard(on_error, max_errors, check_finite),
@@ -111,7 +128,7 @@ def run(
         click.echo("starting ..." if scheduler is None else f"connecting to {scheduler} ...", err=True)
     if ray and store != "ray":
         catalog.connect(store)  # it may not answer
-    with _cluster(workers, scheduler):
+    with _cluster(workers, scheduler, gpus, jobs_per_gpu):
         catalog.connect(store)
         click.get_current_context().meta["kept"] = "; what is finished is kept, the same command goes on from there"
         page = None
@@ -133,7 +150,16 @@ def run(
             click.secho(said, fg="yellow")
 
 
-def _cluster(workers: int | None, scheduler: str | None) -> Any:
+def _refuse_graphs_without_gpus(device: str | None) -> None:
+    """Refuse them where our own workers would."""
+    import torch
+
+    from .engines import check
+
+    check("graph", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _cluster(workers: int | None, scheduler: str | None, gpus: str | None, jobs_per_gpu: int) -> Any:
     """Context with a current Dask client."""
     import logging
     from contextlib import ExitStack
@@ -150,7 +176,9 @@ def _cluster(workers: int | None, scheduler: str | None) -> Any:
     else:
         from .cluster import LocalCluster
 
-        started = stack.enter_context(LocalCluster(n_workers=workers))
+        started = stack.enter_context(LocalCluster(n_workers=workers, gpus=gpus, jobs_per_gpu=jobs_per_gpu))
+        for line in started.gpus:
+            click.echo(line, err=True)
         if started.page_link is not None and sys.stderr.isatty():
             click.echo(f"dashboard {started.page_link}", err=True)
         stack.enter_context(started.get_client())

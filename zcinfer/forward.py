@@ -96,15 +96,15 @@ class Forward:
         """As they go out, of the shapes that were found before the job began."""
         call, binding = self._call, self._binding
         arrays = [restore(output, rows, raw, trimmed) for output, raw in zip(outputs, binding.raw, strict=True)]
-        _refuse_other_shapes(arrays, binding.raw, rows)
+        refuse_other_shapes(arrays, binding.raw, rows)
         made = call.finish(arrays)
         every = list(made) if isinstance(made, tuple) else [made]
         if call.postprocess is not None:
-            _refuse_other_shapes(every, binding.outputs, rows)
+            refuse_other_shapes(every, binding.outputs, rows)
         return every
 
 
-def _refuse_other_shapes(arrays: Sequence[Array], expected: Sequence[Rows], rows: int) -> None:
+def refuse_other_shapes(arrays: Sequence[Array], expected: Sequence[Rows], rows: int) -> None:
     for array, found in zip(arrays, expected, strict=True):
         if array.shape != (rows, *found.shape):
             raise OutputError(

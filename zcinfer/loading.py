@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from operator import is_
 from socket import gethostname
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -212,6 +213,9 @@ class Resident:
     def __init__(self, ref: ModelRef, device: str, training: str):
         self.name = str(ref)
         self.model, self._buffers, read_only = _load(ref, device)
+        # What was made of the module, and must go when its weights do
+        self.made: dict[Any, Any] = {}
+        _by_module[id(self.model)] = self
         # The copies that it then has of small tensors and buffers are no mapping, which would tell of writes to them.
         self.is_watched = not read_only or device_of(device).type != "cpu"
         if training == "eval":
@@ -242,6 +246,14 @@ class Resident:
 
     def _written(self) -> int:
         return sum(map(written_pages, self._buffers))
+
+
+_by_module: WeakValueDictionary[int, Resident] = WeakValueDictionary()
+
+
+def made_of(model: torch.nn.Module) -> dict[Any, Any]:
+    """What is kept with a resident's module and ends with it, such as compiled code; for whom it is lent to."""
+    return _by_module[id(model)].made
 
 
 class Residents:

@@ -44,6 +44,11 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, DeviceLost) or code_of(error) == 0
 
 
+def has_ended(error: BaseException) -> bool:
+    """As `is_lost`; and it is asked where the error does not tell."""
+    return is_lost(error) or code_of(error) in STICKY or _found_by_asking() in STICKY
+
+
 def failed(what: str, error: Exception) -> Exception:
     """The exception for a block that failed with ``error``.
 

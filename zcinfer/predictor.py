@@ -12,13 +12,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from . import telemetry
+from . import engines, pipeline, telemetry
 from .batches import Index, Lengths, cut, in_halves, mask_of, name_of
 from .binding import Binding, find_binding, input_name
 from .calling import Call
@@ -28,7 +28,7 @@ from .computing import computing
 from .errors import InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
 from .forward import Forward
 from .loading import device_of, residents
-from .lost import failed
+from .lost import failed, has_ended
 from .outputs import Output
 from .probing import explain
 from .rows import Array, Rows, as_block, first_rows, rows_of, to_tensor
@@ -83,6 +83,9 @@ class Predictor:
         Let torch use this dtype in operators that can do with less precision.
     dtype : str, optional
         Floating dtype that floating outputs are given.
+    engine : {"eager", "graph", "compile"}
+        What runs the model's operators: torch, CUDA graphs of batches whose shape comes again (on a GPU), or
+        ``torch.compile``. Another engine can change last bits. Batch sizes are measured with "eager".
     sort_by : str, optional
         "length", or the name of a mask ``(rows, tokens)``: rows of like length go into one batch, which is cut to its
         longest. Results are in the order of the inputs; positions that were cut off are zero in them.
@@ -117,6 +120,7 @@ class Predictor:
         postprocess: Callable[..., Any] | None = None,
         autocast: str | None = None,
         dtype: str | None = None,
+        engine: str = "eager",
         sort_by: str | None = None,
         keywords: Sequence[str] = (),
         **constants: Any,
@@ -126,11 +130,13 @@ class Predictor:
         if training not in ("refuse", "eval", "keep"):
             raise SettingsError(f"training is {training!r}: choose 'refuse', 'eval' or 'keep'")
         device_of(device)
+        engines.check(engine, device)
         self.call = Call(method, output, preprocess, postprocess, autocast, dtype, constants)
         self.ref = ready(model)
         self.batch_size = batch_size if isinstance(batch_size, str) else int(batch_size)
         self.training = training
         self.device = device
+        self.engine = engine
         self.sort_by = sort_by
         self.keywords = tuple(keywords)
         self.job: Job | None = None
@@ -158,7 +164,9 @@ class Predictor:
     def _digest(self, batch_size: int | str | None = None, casts: tuple[str, ...] | None = None) -> str:
         canonical = Canonical()
         settings = (vars(self.call), self.training, self.device, self.sort_by, self.keywords)
-        canonical.add((self.ref.digest, batch_size, settings, casts))
+        # Without a word of the one that all jobs had before there was a choice: theirs can go on.
+        engine = () if self.engine == "eager" else (self.engine,)
+        canonical.add((self.ref.digest, batch_size, settings, casts, *engine))
         return canonical.hexdigest()
 
     def bind(self, inputs: Sequence[Rows], sample: Callable[[], Sequence[Array]] | None = None) -> Predictor:
@@ -323,13 +331,18 @@ class Predictor:
         found = place.known()
         if found is None:
             binding = self._bound()
+
+            def made(rows: int) -> list[torch.Tensor]:
+                zeros = [np.zeros((rows, *r.shape), r.dtype) for r in binding.prepared]
+                return [to_tensor(a, c, device) for a, c in zip(zeros, binding.casts, strict=True)]
+
+            if pipeline.suits(device):  # where copies are made while it computes
+                made = lru_cache(maxsize=1)(made)
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
 
                 def run(rows: int) -> None:
-                    zeros = [np.zeros((rows, *r.shape), r.dtype) for r in binding.prepared]
                     with computing():
-                        tensors = [to_tensor(a, c, device) for a, c in zip(zeros, binding.casts, strict=True)]
-                        self.call.on(model)(tensors, binding.names)
+                        self.call.on(model)(made(rows), binding.names)
 
                 try:
                     found = measure(run, device)
@@ -425,6 +438,7 @@ class Predictor:
     ) -> None:
         """Run the model on all rows of a block, batch by batch."""
         device = self._device()
+        engines.check_device(self.engine, device)
         place = self._place(device)
         place.known()  # by other processes, before the first batch
         lengths = Lengths(blocks, self.keywords, self.sort_by) if self.sort_by is not None else None
@@ -441,11 +455,16 @@ class Predictor:
             turns = self.call.preprocess is not None or self.call.postprocess is not None or device.type != "cpu"
             for_batch = computing() if turns else None
             with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
+                called = engines.module_of(self.engine, model, self.call.method, device)
                 clock.lap(_MODEL)
+                if pipeline.suits(device) and self._has_flowed(
+                    model, results, blocks, batch_rows, lengths, name, clock, place.ceiling, too_many
+                ):
+                    return
                 with nullcontext() if turns else computing():
                     clock.lap(_WAITING)
                     run: Callable[..., list[Array]] = Forward(
-                        model, self.call, self._bound(), self.keywords, device, clock, for_batch
+                        called, self.call, self._bound(), self.keywords, device, clock, for_batch
                     )
                     for rows in cut(len(blocks[0]), batch_rows, order):
                         try:
@@ -464,6 +483,37 @@ class Predictor:
             raise
         except Exception as error:
             raise failed(f"{name()}: it cannot be used on {device}", error) from error
+
+    def _has_flowed(
+        self,
+        model: torch.nn.Module,
+        results: list[Array],
+        blocks: Sequence[Array],
+        batch_rows: int,
+        lengths: Lengths | None,
+        name: Callable[..., str],
+        clock: Clock,
+        most: Callable[[], int | None],
+        too_many: Callable[[int], None],
+    ) -> bool:
+        """Whether the block is done, by a pipeline; if not, batch by batch it can be, or shows the rows that fail."""
+        device, batches = self._device(), clock.batches
+        function = engines.function_of(self.engine, model, self.call, self.ref, device)
+        flow = pipeline.Pipeline(
+            function, self.call, self._bound(), self.keywords, device, clock, computing(), most, too_many
+        )
+        try:
+            flow(results, blocks, batch_rows, lengths)
+        except pipeline.BatchFailed as batch:
+            cause = self._cause(batch.error)
+            raise failed(name(batch.rows), cause) from cause
+        except pipeline.Unplaced as late:
+            if has_ended(late.error):
+                raise failed(f"{name()}, in some of its rows", late.error) from late.error
+            log.warning("%s: %s. It is done again, batch by batch", name(), explain(late.error))
+            clock.batches = batches
+            return False
+        return True
 
     def _cause(self, error: Exception) -> Exception:
         """The error of a batch; where its last row has run out of memory, one that says what to do."""

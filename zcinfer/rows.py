@@ -107,11 +107,15 @@ def candidate_casts(inputs: Sequence[Rows], floating: str) -> Iterator[tuple[str
             yield casts
 
 
+def refuse_too_large(block: Array, cast: str) -> None:
+    if block.dtype.kind == "u" and cast == "int64" and block.size and block.max() > np.iinfo(np.int64).max:
+        raise InputError(f"uint64 values up to {block.max():,} do not fit into int64, which models take: convert them")
+
+
 def to_tensor(block: Array, cast: str, device: torch.device) -> torch.Tensor:
     # Always a copy: a model may write to its input, which other tasks, or the caller, still use. It also takes
     # read-only, strided, Fortran-ordered and big-endian blocks.
-    if block.dtype.kind == "u" and cast == "int64" and block.size and block.max() > np.iinfo(np.int64).max:
-        raise InputError(f"uint64 values up to {block.max():,} do not fit into int64, which models take: convert them")
+    refuse_too_large(block, cast)
     if cast == "bfloat16":  # which NumPy has not
         dtype = np.dtype("float64") if block.itemsize > 8 else block.dtype.newbyteorder("=")
         return torch.from_numpy(np.array(block, dtype=dtype, order="C")).to(device=device, dtype=torch.bfloat16)

@@ -37,6 +37,8 @@ GAIN = 1.03
 MOST, LONGEST, SURE = 1 << 16, 3.0, 0.05
 # Of the memory that a process may use, the share that batches may.
 SHARE = 0.5
+# CUDA's number for it
+OUT_OF_MEMORY = 2
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ def device_name(device: torch.device) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a batch failed for want of memory, on the CPU or on a GPU."""
+    if isinstance(error, torch.AcceleratorError):  # of CUDA itself, as for pinned memory
+        return getattr(error, "error_code", None) == OUT_OF_MEMORY
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
