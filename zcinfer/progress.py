@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from types import TracebackType
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from .notebook import Line, is_notebook
+
+tqdm: Any = None  # a machine that publishes and computes, and shows nothing, need not have it
+with suppress(ImportError):
+    from tqdm import tqdm
 
 # Seconds between two drawings in a notebook
 _DRAWN = 0.25
@@ -109,6 +111,9 @@ def bytes_bar(label: str, total: int, show: bool | None) -> Iterator[Callable[[i
     ``show`` None: on a terminal.
     """
     shown = sys.stderr.isatty() if show is None else show
+    if tqdm is None:
+        yield lambda _: None
+        return
     bar = tqdm(
         total=total, desc=label, unit="B", unit_scale=True, delay=1, leave=False, disable=not shown, file=sys.stderr,
         **_shape(sys.stderr),
