@@ -234,6 +234,51 @@ def test_a_run_on_gpus(driver: dict[str, str], tmp_path: Path) -> None:
     assert "2 jobs" in output
 
 
+LOST = """
+from pathlib import Path
+import numpy as np, torch, dask.array as da
+from time import monotonic
+
+FOLDER = Path(__file__).parent
+
+class Falls(torch.nn.Module):
+    def forward(self, x):
+        if type(x) is torch.Tensor and os.environ["CUDA_VISIBLE_DEVICES"].startswith("GPU-"):
+            (FOLDER / "fail").write_text("nvmlDeviceGetUUID@0=15")
+            error = torch.AcceleratorError("CUDA error: unknown error")
+            error.error_code = 999
+            raise error
+        return x * 2
+
+if __name__ == "__main__":
+    os.environ["DASK_ZCINFER__REGISTRY"] = str(FOLDER / "registry")
+    import dask
+    dask.config.set({"zcinfer.registry": str(FOLDER / "registry")})
+    zc.connect("file")
+    zc.put(Falls().eval(), "falls")
+    x = np.arange(120, dtype="f4").reshape(60, 2)
+    with zc.LocalCluster(gpus="all", threads_per_worker=1, dashboard=False) as cluster, cluster.get_client() as client:
+        before = {name: nanny.pid for name, nanny in cluster.workers.items()}
+        fallen = cluster.workers["gpu0-job0"]
+        y = zc.predict("falls", da.from_array(x, chunks=(1, 2)), batch_size=1, device="cpu").compute()
+        end = monotonic() + 30
+        while fallen.status.name != "closed" and monotonic() < end:
+            client.run(int)
+        names = sorted(known["name"] for known in client.scheduler_info(n_workers=-1)["workers"].values())
+        same = {name for name, nanny in cluster.workers.items() if nanny.pid == before[name]}
+        print(json.dumps([bool((y == 2 * x).all()), fallen.status.name, names, sorted(same)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_card_that_is_lost_takes_its_own_job_with_it(driver: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "fail").write_text("")
+    right, status, names, same = script(LOST, tmp_path, driver | {"FAKE_NVML_FAIL": str(tmp_path / "fail")})
+    assert right
+    assert status == "closed"
+    assert names == same == ["gpu1-mig0-job0", "gpu1-mig2-job0"]
+
+
 def test_what_says_twice_which_gpu_is_refused() -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
         with pytest.raises(SettingsError, match=f"env= may not have {name}"):

@@ -164,6 +164,21 @@ def inventory() -> Inventory:
         return Inventory(tuple(devices), split, lost)
 
 
+def gone(environment: Mapping[str, str]) -> str:
+    """Why the GPU that a process with this environment was given is not there any more; "" if it is, or who knows."""
+    name = environment.get(VISIBLE, "").partition(",")[0].strip()
+    if not name.startswith(("GPU-", "MIG-")):
+        return ""
+    try:
+        found = inventory()
+    except SettingsError:
+        return ""
+    if found.named(name):
+        return ""
+    told = "".join(f"; of GPU {card} it says: {reason}" for card, reason in found.lost.items())
+    return f"NVML shows no {name} any more{told}"
+
+
 def no_gpu(found: str) -> SettingsError:
     """The error that says that there is no GPU, and what to do."""
     return SettingsError(

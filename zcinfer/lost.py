@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .device import gone
 from .errors import BlockError, DeviceLost
 from .probing import explain
 
@@ -46,7 +47,12 @@ def is_lost(error: BaseException) -> bool:
 
 def has_ended(error: BaseException) -> bool:
     """As `is_lost`; and it is asked where the error does not tell."""
-    return is_lost(error) or code_of(error) in STICKY or _found_by_asking() in STICKY
+    return is_lost(error) or code_of(error) in STICKY or _found_by_asking() in STICKY or bool(_card_gone(error))
+
+
+def _card_gone(error: BaseException) -> str:
+    """Why the card of this process is gone, where an error comes from it: any number may stand for that."""
+    return gone(os.environ) if code_of(error) is not None else ""
 
 
 def failed(what: str, error: Exception) -> Exception:
@@ -69,9 +75,10 @@ def failed(what: str, error: Exception) -> Exception:
     if code not in STICKY:
         code = _found_by_asking() or code
     told = f"{what}: {explain(error)}"
-    if code not in STICKY:
+    lost = "" if code in STICKY else _card_gone(error)
+    if code not in STICKY and not lost:
         return BlockError(told)
-    told += f" (CUDA error {code}, after which the device answers nothing more in this process)"
+    told += f" ({lost or f'CUDA error {code}, after which the device answers nothing more in this process'})"
     here = _task_here()
     if here is None:
         return DeviceLost(f"{told}. Start the process anew; find the rows with device='cpu'")

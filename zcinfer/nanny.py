@@ -6,14 +6,17 @@ Not for what a worker does once it runs (`worker`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import threading
 from typing import Any
 
 import distributed
 
-from .device import ORDER, VISIBLE
+from .device import ORDER, VISIBLE, gone
 from .pinning import starting_with
+
+log = logging.getLogger("zcinfer")
 
 # Read by the thread pools of torch, MKL and OpenBLAS when they are loaded, and never again
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -34,11 +37,19 @@ class Nanny(distributed.Nanny):  # type: ignore[misc]
         self.pre_spawn_env.update({name: str(env[name]) for name in THREAD_VARIABLES})
         self.born_with = {name: str(env[name]) for name in (VISIBLE, ORDER) if name in env}
         self.patience = float("inf")
+        self._begun = False
 
     async def instantiate(self) -> Any:
         """Start the worker."""
         if not self.born_with:
             return await super().instantiate()
+        lost = gone(self.born_with) if self._begun else ""
+        self._begun = True
+        if lost:
+            # It would find no GPU, and compute on the CPU.
+            log.error("%s is not started again, and the others go on: %s", self.name, lost)
+            await self.close(reason="zcinfer-gpu-lost")
+            return self.status
         # Not waited for in a thread: one that is given up would take the lock, and keep it.
         while not _birth.acquire(blocking=False):
             await asyncio.sleep(0.002)
