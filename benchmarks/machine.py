@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 from dask.system import cpu_count
 
 PACKAGES = ("zcinfer", "torch", "ray", "numpy", "dask", "distributed", "transformers", "safetensors")
@@ -31,7 +30,7 @@ def machine() -> dict[str, Any]:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{_processor()}, {cores} core{'s' if cores > 1 else ''} for this process",
         "cores": cores,
-        "memory": psutil.virtual_memory().total,
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "kernel": platform.release(),

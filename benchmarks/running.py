@@ -26,11 +26,11 @@ from .benchmark import Benchmark, Options, all_tables, say
 
 @dataclass(frozen=True)
 class Entry:
-    """A benchmark that can be asked for: its module beside this one, and the packages that it imports."""
+    """A benchmark that can be asked for: its module beside this one, the packages that it imports, and a GPU."""
 
     module: str
     needs: tuple[str, ...]
-    missing: str = ""
+    gpu: bool = False
 
 
 # Seconds that a benchmark has for its end
@@ -47,7 +47,7 @@ ENTRIES = {
     "windows": Entry("windows", SHOWN),
     "telemetry": Entry("telemetry", (*SHOWN, "panel")),
     "nodes": Entry("nodes", SHOWN),
-    "gpu": Entry("gpu", SHOWN, "it needs a GPU, and is not written yet"),
+    "gpu": Entry("gpu", SHOWN, gpu=True),
 }
 
 
@@ -96,8 +96,11 @@ def _ended_by_sigterm() -> Iterator[None]:
 def why_not(name: str) -> str:
     """Why a benchmark cannot run here; "" if it can."""
     entry = ENTRIES[name]
-    if entry.missing:
-        return entry.missing
+    if entry.gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            return f"it needs a GPU, and torch {torch.__version__} finds none"
     lacking = [package for package in entry.needs if importlib.util.find_spec(package) is None]
     if lacking:
         return f"it needs packages that are not installed: {', '.join(lacking)}. pip install 'zcinfer[bench]'"

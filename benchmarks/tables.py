@@ -8,9 +8,10 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Figures whose quartiles lie further apart than this part of their median are called noisy.
 NOISY = 0.3
@@ -90,6 +91,8 @@ class Table:
 
     def frame(self) -> pd.DataFrame:
         """A row for each figure: what it is of, unit, value, and its spread where it has one."""
+        import pandas as pd  # which a machine that only measures need not have
+
         records = []
         for row in self.rows:
             for (column, unit), value in list(zip(self.columns.items(), row, strict=True))[1:]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 
 from zcinfer import cli, cli_demo
@@ -149,8 +150,7 @@ def test_a_ratio_that_has_fallen_by_a_third_is_told(tmp_path: Path, results: dic
 def test_names_of_the_command_are_the_benchmarks() -> None:
     assert (*running.ENTRIES, "all") == cli_demo.BENCHMARKS
     docs = (ROOT / "docs" / "benchmarks.md").read_text()
-    written = [name for name, entry in running.ENTRIES.items() if not entry.missing]
-    assert sorted(re.findall(r"<!-- (\w+) -->\n", docs)) == sorted(written)
+    assert sorted(re.findall(r"<!-- (\w+) -->\n", docs)) == sorted(running.ENTRIES)
 
 
 @pytest.mark.parametrize("name", [name for name in running.ENTRIES if not running.why_not(name)])
@@ -301,3 +301,34 @@ def test_what_watching_costs_is_measured_of_runs_that_were_what_they_say() -> No
     assert [*results["bars"]] == [
         "small: counting, by its parts, costs percent", "small: counting, time, costs percent",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_on_the_cpu_where_it_says_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "zcinfer.benchmarks.gpu", "--cpu", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert {(one["way"], one["asked"]) for one in results["mlp"]} == {
+        ("a loop", 8), ("four threads", 8), ("zcinfer", 8), ("zcinfer", "auto"),
+    }  # fmt: skip
+    assert all(one["rate"] > 0 for one in results["mlp"])
+    assert [*results["models"]] == [*results["loads"]] == ["BERT-base", "ResNet-50"]
+    assert len(results["bars"]) == 12
+    written = (tmp_path / "gpu.md").read_text()
+    for title in ("Limits", "The talk's MLP", "BERT-base to the device", "Windows of strain"):
+        assert f"### {title}" in written
+    assert len(running.benchmark_of("gpu").figures(results)) == 3
+
+
+@pytest.mark.usefixtures("registry")
+def test_processes_of_a_gpu_benchmark_tell_of_what_failed(tmp_path: Path) -> None:
+    from zcinfer.benchmarks.gpu_jobs import Job
+
+    np.save(tmp_path / "x.npy", np.zeros((10, 64), np.float32))
+    np.save(tmp_path / "expected.npy", np.ones((10, 1), np.float32))
+    torch.save(torch.nn.Linear(64, 1), tmp_path / "model.pt")
+    job = Job("cpu", tmp_path)
+    job.rows(0, 1, 10)
+    with pytest.raises(RuntimeError, match="a loop, batch 4, eager: another result than torch's"):
+        job.prepare("a loop", 4, "eager")

@@ -198,13 +198,11 @@ def test_graphs_end_with_their_module() -> None:
 
 
 @pytest.fixture
-def compiled() -> Iterator[None]:
-    """Without what takes half a minute the first time: which vectors the processor has, and headers."""
-    from torch._inductor import config
-
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without C++, which takes half a minute: what torch makes of a module is traced all the same."""
     engines.no_compiler.cache_clear()
-    with config.patch({"cpp.simdlen": 1, "cpp_cache_precompile_headers": False}):
-        yield
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
     engines.no_compiler.cache_clear()
     torch._dynamo.reset()
 
@@ -223,10 +221,7 @@ def test_without_a_compiler_it_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its own modules
-def test_compiled_code_computes_the_same_and_leaves_the_module_to_others(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # no C++: that takes its time
+def test_compiled_code_computes_the_same_and_leaves_the_module_to_others(caplog: pytest.LogCaptureFixture) -> None:
     zc.put(mlp(), "mlp")
     x = normal(48, 8)  # whole batches: another shape would be compiled, too
     eager = zc.predict("mlp", x, batch_size=8, device="cpu")
