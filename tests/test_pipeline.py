@@ -72,6 +72,15 @@ def test_batches_equal_the_plain_loop(rows: int, batch: int, chunks: list[int]) 
         assert len(chunks) > 2 * lanes.SLOTS
 
 
+def test_large_batches_take_fewer_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "MOST", 256)
+    zc.put(mlp(), "mlp")
+    x = normal(200, 8)
+    assert np.array_equal(zc.predict("mlp", x, batch_size=16), plainly(mlp(), x, 16))
+    (lane,) = lanes.lanes._free[torch.device("cpu")]
+    assert [len(slot.rows.host) > 0 for slot in lane.slots] == [True, True, False]
+
+
 def test_lazy_blocks_equal_the_plain_loop() -> None:
     zc.put(mlp(), "mlp")
     x = normal(200, 8)

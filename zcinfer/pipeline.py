@@ -33,6 +33,8 @@ _PREPARING, _TO_DEVICE, _WAITING, _COMPUTING, _FROM_DEVICE = map(
 # Bytes of a chunk, one batch at least: so few that a block is some chunks, which overlap; so many that the some ten
 # steps which each takes in Python are shared by many batches.
 LEAST, MOST, PARTS = 1 << 21, 1 << 24, 4
+# Slots in use where a batch is more than that: what overlaps is as much, and pinned memory is not cheap.
+FEW = 2
 
 
 class BatchFailed(Exception):
@@ -149,12 +151,13 @@ class Pipeline:
         lengths: Lengths | None,
     ) -> None:
         under_way: deque[tuple[Slot, list[Piece]]] = deque()
+        slots = SLOTS if self._row_bytes() * batch_rows <= MOST else FEW
         # Weights may have been copied to the device by the stream that is this thread's.
         lane.compute.wait_stream(lane.streams.current_stream(self._device))
         for number, pieces in enumerate(self._chunks(blocks, batch_rows, lengths)):
-            if len(under_way) == SLOTS:
+            if len(under_way) == slots:
                 self._take(*under_way.popleft(), results, batch_rows)
-            slot = lane.slots[number % SLOTS]
+            slot = lane.slots[number % slots]
             self._send(lane, slot, pieces)
             self._compute(lane, slot, pieces, batch_rows)
             self._return(lane, slot, pieces)
@@ -183,11 +186,15 @@ class Pipeline:
 
     def _batches(self, rows: int, batch_rows: int) -> int:
         """Batches of a chunk."""
+        of_row = self._row_bytes()
+        chunk = min(MOST, max(LEAST, of_row * rows // PARTS))
+        return max(1, chunk // (of_row * batch_rows))
+
+    def _row_bytes(self) -> int:
+        """Bytes of a row of all inputs, or of all outputs where those are more."""
         kinds = zip(self._binding.prepared, self._dtypes, strict=True)
         inward = sum(torch.Size(found.shape).numel() * dtype.itemsize for found, dtype in kinds)
-        of_row = max(1, inward, sum(found.nbytes for found in self._binding.raw))
-        chunk = min(MOST, max(LEAST, of_row * rows // PARTS))
-        return int(max(1, chunk // (of_row * batch_rows)))
+        return int(max(1, inward, sum(found.nbytes for found in self._binding.raw)))
 
     def _prepared(self, index: Index, blocks: Sequence[Array], lengths: Lengths | None) -> Piece:
         """One batch, as the model gets it."""
