@@ -165,3 +165,37 @@ def restore(output: torch.Tensor, rows: int, expected: Rows, trimmed: tuple[int,
         whole[:, : trimmed[0]] = array
         return whole
     return array
+
+
+def put_in_place(
+    output: torch.Tensor, place: torch.Tensor, expected: Rows, trimmed: tuple[int, int] | None = None
+) -> None:
+    """Copy an output to its place on the device, with the row axis and the positions that `restore` puts back.
+
+    Parameters
+    ----------
+    output : torch.Tensor
+    place : torch.Tensor
+        ``(rows, ...)``, of the dtype in which it goes to the host.
+    expected : Rows
+    trimmed : tuple of int, optional
+        The length that inputs were cut to along axis 1, and the one that they had.
+
+    Raises
+    ------
+    OutputError
+        It has another shape. (``copy_`` would broadcast it.)
+    """
+    if output.layout is not torch.strided:
+        output = output.to_dense()
+    if len(place) == 1 and tuple(output.shape) == expected.shape:
+        output = output[None]
+    if trimmed is not None and output.ndim > 1 and (output.shape[1], *expected.shape[:1]) == trimmed != trimmed[::-1]:
+        place[:, trimmed[0] :].zero_()
+        place = place[:, : trimmed[0]]
+    if output.shape != place.shape:
+        raise OutputError(
+            f"the output has shape {tuple(output.shape)}, expected ({len(place)}, ...) as {expected}, found before the "
+            "job began"
+        )
+    place.copy_(output)

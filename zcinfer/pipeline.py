@@ -16,12 +16,11 @@ import torch
 
 from .batches import Index, Lengths, cut
 from .binding import Binding
-from .calling import Call, Function
-from .errors import OutputError
+from .calling import Call, Function, put_in_place
 from .forward import refuse_other_shapes
 from .lanes import SLOTS, Lane, Slot, lanes
 from .lost import code_of
-from .rows import Array, Rows
+from .rows import Array
 from .staging import Piece, dtype_of, lay_out, stage
 from .telemetry import PHASES, Clock
 from .tuning import is_out_of_memory
@@ -268,7 +267,7 @@ class Pipeline:
             try:
                 outputs = self._function(batch, names)
                 for output, place, raw in zip(outputs, places, self._binding.raw, strict=True):
-                    put(output, place, raw, trimmed)
+                    put_in_place(output, place, raw, trimmed)
                 return
             except Exception as error:
                 if rows == 1 or not is_out_of_memory(error):
@@ -317,38 +316,6 @@ class Pipeline:
 def _split(tensors: Sequence[torch.Tensor], rows: int) -> Iterator[tuple[torch.Tensor, ...]]:
     """The tensors of one batch after the other."""
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
-
-
-def put(output: torch.Tensor, place: torch.Tensor, expected: Rows, trimmed: tuple[int, int] | None = None) -> None:
-    """Copy an output to its place on the device, with the row axis and the positions that `calling.restore` puts back.
-
-    Parameters
-    ----------
-    output : torch.Tensor
-    place : torch.Tensor
-        ``(rows, ...)``, of the dtype in which it goes to the host.
-    expected : Rows
-    trimmed : tuple of int, optional
-        The length that inputs were cut to along axis 1, and the one that they had.
-
-    Raises
-    ------
-    OutputError
-        It has another shape. (``copy_`` would broadcast it.)
-    """
-    if output.layout is not torch.strided:
-        output = output.to_dense()
-    if len(place) == 1 and tuple(output.shape) == expected.shape:
-        output = output[None]
-    if trimmed is not None and output.ndim > 1 and (output.shape[1], *expected.shape[:1]) == trimmed != trimmed[::-1]:
-        place[:, trimmed[0] :].zero_()
-        place = place[:, : trimmed[0]]
-    if output.shape != place.shape:
-        raise OutputError(
-            f"the output has shape {tuple(output.shape)}, expected ({len(place)}, ...) as {expected}, found before the "
-            "job began"
-        )
-    place.copy_(output)
 
 
 def _told_of(lane: Lane, error: Exception) -> Exception:
