@@ -12,6 +12,7 @@ import importlib
 import logging
 import sys
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from . import config, telemetry
@@ -32,6 +34,7 @@ from .sharing import spares, written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
 from .stores import is_open, open_store
 from .traces import name_frames
+from .upload import to_device
 
 log = logging.getLogger("zcinfer")
 
@@ -135,7 +138,7 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
     if target.type != "cpu":
-        model = model.to(target)
+        model = to_device(model, fetched, target)
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
@@ -212,10 +215,13 @@ class Resident:
 
     def __init__(self, ref: ModelRef, device: str, training: str):
         self.name = str(ref)
-        self.model, self._buffers, read_only = _load(ref, device)
+        self.model, buffers, read_only = _load(ref, device)
         # What was made of the module, and must go when its weights do
         self.made: dict[Any, Any] = {}
         _by_module[id(self.model)] = self
+        # What is left of the store's memory is held by tensors; on a GPU often none, and the store has it back
+        self._buffers = [weakref.ref(_whole(buffer)) for buffer in buffers]
+        del buffers
         # The copies that it then has of small tensors and buffers are no mapping, which would tell of writes to them.
         self.is_watched = not read_only or device_of(device).type != "cpu"
         if training == "eval":
@@ -245,7 +251,15 @@ class Resident:
         )
 
     def _written(self) -> int:
-        return sum(map(written_pages, self._buffers))
+        found = (buffer() for buffer in self._buffers)
+        return sum(written_pages(buffer) for buffer in found if buffer is not None)
+
+
+def _whole(buffer: Bytes) -> Bytes:
+    """The array that a buffer is a slice of: NumPy's views of a slice keep that, and not the slice."""
+    while isinstance(buffer.base, np.ndarray):
+        buffer = buffer.base
+    return buffer
 
 
 _by_module: WeakValueDictionary[int, Resident] = WeakValueDictionary()
