@@ -121,7 +121,7 @@ def test_a_module_is_not_used_again_after_an_error(registry: Path) -> None:
 
 def test_a_module_lost_to_an_error_does_not_disturb_the_others(registry: Path) -> None:
     refs = [put(torch.nn.Linear(2, width).eval(), f"m{width}") for width in (1, 2, 3, 4)]
-    few = loading.Residents(limit=2)
+    few = loading.Residents(loading.Resident, limit=2)
     with few.lend(refs[0], "cpu", "refuse"):
         pass
     with pytest.raises(ValueError, match="in the block"), few.lend(refs[0], "cpu", "refuse"):
@@ -133,7 +133,7 @@ def test_a_module_lost_to_an_error_does_not_disturb_the_others(registry: Path) -
 
 def test_the_least_recently_used_go_first(registry: Path) -> None:
     refs = [put(torch.nn.Linear(2, width).eval(), f"m{width}") for width in (1, 2, 3)]
-    few = loading.Residents(limit=2)
+    few = loading.Residents(loading.Resident, limit=2)
     built = []
     for ref in refs:
         with few.lend(ref, "cpu", "refuse") as model:

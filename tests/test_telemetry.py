@@ -161,7 +161,7 @@ def test_programs_are_private() -> None:
 
 
 def test_modules_that_go_for_want_of_room_are_counted() -> None:
-    residents = loading.Residents(1)
+    residents = loading.Residents(loading.Resident, 1)
     refs = [zc.put(nn.Linear(3, width).eval(), f"m{width}") for width in (1, 2)]
     for ref in refs:
         with residents.lend(ref, "cpu", "refuse"):

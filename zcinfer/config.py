@@ -36,6 +36,10 @@ DEFAULTS: dict[str, Any] = {
     "computing": None,
     # Count what is done and where the time goes
     "telemetry": True,
+    "gpu": {
+        # Of the memory that is free on a GPU, what models may take that a process keeps built
+        "residents": 0.5,
+    },
     "ray": {
         # Address of a running Ray; None: $RAY_ADDRESS, else a private one is started
         "address": None,
@@ -67,6 +71,10 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
 def _is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -83,6 +91,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool] | None]] = {
     "jobs": ("a whole number from 1", lambda v: _is_whole(v) and v > 0),
     "computing": ("a whole number from 1, or null", lambda v: v is None or (_is_whole(v) and v > 0)),
     "telemetry": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
+    "gpu.residents": ("a share above 0, to 1", _is_share),
     "ray.address": ("HOST:PORT, or null", lambda v: v is None or _is_text(v)),
     "ray.object-store-memory": ("bytes, as '4 GiB', or null", lambda v: v is None or _is_whole(v) or _is_text(v)),
     "ray.token-file": ("the path of a file, or null", lambda v: v is None or _is_text(v)),

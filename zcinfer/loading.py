@@ -1,8 +1,6 @@
-"""Modules of this process: built from a store, kept as residents, lent to one thread at a time.
+"""Modules of this process: built from a store, and what tells whether one has been written to since.
 
-A resident is a built module whose weights are shared memory. Going back to one costs microseconds. It is lent out for
-a block and looked at when it comes back: one that was written to meanwhile is dropped, so that
-results never depend on the order of blocks. Not for choosing stores or names (`catalog`).
+Not for choosing stores or names (`catalog`), nor for which modules are kept (`residents`).
 """
 
 from __future__ import annotations
@@ -11,17 +9,14 @@ import gc
 import importlib
 import logging
 import sys
-import threading
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import is_
 from socket import gethostname
 from time import perf_counter
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -30,6 +25,7 @@ from . import config, telemetry
 from .description import Bytes
 from .errors import ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
 from .parts import first_alone, join
+from .residents import Residents
 from .sharing import spares, written_pages
 from .store import Fetched, FileStore, ModelRef, Store, registry_of
 from .stores import is_open, open_store
@@ -92,11 +88,12 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
 
 
 class _Loaded(NamedTuple):
-    """A module, the mappings that its weights are views of, and whether these are read-only."""
+    """A module, the mappings that its weights are views of, whether these are read-only, and the weights' bytes."""
 
     model: torch.nn.Module
     buffers: tuple[Bytes, ...]
     read_only: bool
+    nbytes: int
 
 
 def _load(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
@@ -148,7 +145,7 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     if read_only:
         _tell_read_only(ref)
         name_frames(model, str(ref))
-    return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only)
+    return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only, shared)
 
 
 def _kind(store: Store, ref: ModelRef, fetched: Fetched) -> str:
@@ -215,7 +212,8 @@ class Resident:
 
     def __init__(self, ref: ModelRef, device: str, training: str):
         self.name = str(ref)
-        self.model, buffers, read_only = _load(ref, device)
+        self.device = device_of(device)
+        self.model, buffers, read_only, self.nbytes = _load(ref, device)
         # What was made of the module, and must go when its weights do
         self.made: dict[Any, Any] = {}
         _by_module[id(self.model)] = self
@@ -223,7 +221,7 @@ class Resident:
         self._buffers = [weakref.ref(_whole(buffer)) for buffer in buffers]
         del buffers
         # The copies that it then has of small tensors and buffers are no mapping, which would tell of writes to them.
-        self.is_watched = not read_only or device_of(device).type != "cpu"
+        self.is_watched = not read_only or self.device.type != "cpu"
         if training == "eval":
             self.model.eval()
         # Attributes, parameters, buffers and submodules of each module, as they are now.
@@ -262,7 +260,7 @@ def _whole(buffer: Bytes) -> Bytes:
     return buffer
 
 
-_by_module: WeakValueDictionary[int, Resident] = WeakValueDictionary()
+_by_module: weakref.WeakValueDictionary[int, Resident] = weakref.WeakValueDictionary()
 
 
 def made_of(model: torch.nn.Module) -> dict[Any, Any]:
@@ -270,74 +268,5 @@ def made_of(model: torch.nn.Module) -> dict[Any, Any]:
     return _by_module[id(model)].made
 
 
-class Residents:
-    """Modules built in this process, by digest and device; the least recently used go first.
-
-    Parameters
-    ----------
-    limit : int
-        Number of modules kept while nobody uses them.
-    """
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self._free: OrderedDict[tuple[str, str, str], list[Resident]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._told: set[str] = set()
-
-    @contextmanager
-    def lend(self, ref: ModelRef, device: str, training: str) -> Iterator[torch.nn.Module]:
-        """Lend a module to this thread.
-
-        Parameters
-        ----------
-        ref : ModelRef
-        device : str
-        training : {"refuse", "eval", "keep"}
-            "eval" switches the module to eval mode when it is built.
-
-        Yields
-        ------
-        torch.nn.Module
-        """
-        key = (ref.digest, device, training)
-        with self._lock:
-            free = self._free.get(key)
-            resident = free.pop() if free else None
-            if not free:
-                self._free.pop(key, None)
-        if resident is None:
-            resident = Resident(ref, device, training)
-        else:
-            telemetry.count_hit(str(ref))
-        # Not given back after an exception: what it left half-done is not known.
-        yield resident.model
-        if not resident.is_watched:
-            return
-        if not resident.is_unchanged():
-            if ref.digest not in self._told:
-                self._told.add(ref.digest)
-                log.warning(
-                    "%s wrote to its own weights, buffers or attributes while it computed; it is loaded anew for every "
-                    "block, so that results do not depend on the order of blocks",
-                    ref,
-                )
-            telemetry.count_evicted(str(ref))
-            return
-        with self._lock:
-            self._free.setdefault(key, []).append(resident)
-            self._free.move_to_end(key)
-            while sum(map(len, self._free.values())) > self.limit:
-                oldest = next(iter(self._free))
-                telemetry.count_evicted(self._free[oldest].pop().name)
-                if not self._free[oldest]:
-                    del self._free[oldest]
-
-    def clear(self) -> None:
-        """Drop all modules that nobody uses now."""
-        with self._lock:
-            self._free.clear()
-
-
-residents = Residents(int(config.get("residents")))
+residents = Residents(Resident, int(config.get("residents")))
 spares.append(residents.clear)

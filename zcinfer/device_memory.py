@@ -1,0 +1,46 @@
+"""How much of a device's memory the models that a process keeps may take. Not for batches (`tuning`)."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from . import config
+
+
+def budget(device: torch.device, held: int) -> float:
+    """Bytes that the models of this process may take on a device, by what is free there now.
+
+    Parameters
+    ----------
+    device : torch.device
+    held : int
+        Bytes that they take already.
+
+    Returns
+    -------
+    float
+        The share ``zcinfer.gpu.residents`` of what they take and what is free, divided by the processes on that device
+        (``zcinfer.jobs``). Infinite where a device is no CUDA device: host memory is the store's.
+
+    Examples
+    --------
+    >>> budget(torch.device("cpu"), 0)
+    inf
+    """
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    # Torch keeps what was freed for the next that asks
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(config.get("gpu.residents")) * (free + cached + held) / max(1, int(config.get("jobs")))
+
+
+def give_back(device: torch.device) -> None:
+    """Let other processes have the memory of what was just dropped."""
+    if device.type == "cpu":
+        return  # where it is the store's
+    gc.collect()  # modules may refer to each other in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
