@@ -10,6 +10,7 @@ import dask
 import nvml
 import psutil
 import pytest
+from cuda import library, make, place  # noqa: F401, fixtures
 from distributed import Client
 from processes import living, orphaned_shared_memory, wait_until
 

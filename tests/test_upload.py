@@ -82,7 +82,7 @@ def joined(fetched: Fetched, copy_small: bool = False) -> nn.Module:
 
 
 def moved(fetched: Fetched, device: Late, copy_small: bool = False) -> nn.Module:
-    return move(joined(fetched, copy_small), fetched, device, CPU, Staging(device, 3, 100, 2))
+    return move(joined(fetched, copy_small), fetched, device, CPU, Staging(device, 3, 100, 2)).model
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -231,7 +231,7 @@ def test_memory_that_cannot_be_pinned_is_told(registry: Path, caplog: pytest.Log
 
     fetched = fetch(put(nn.Linear(3, 2).eval(), "model"))
     with caplog.at_level(logging.WARNING, "zcinfer"):
-        found = move(joined(fetched), fetched, Unpinned(), CPU)
+        found = move(joined(fetched), fetched, Unpinned(), CPU).model
     assert "out of memory" in caplog.text
     assert_alike(found, joined(fetched))
 

@@ -39,6 +39,10 @@ DEFAULTS: dict[str, Any] = {
     "gpu": {
         # Of the memory that is free on a GPU, what models may take that a process keeps built
         "residents": 0.5,
+        # Jobs on one GPU share one copy of the weights. Not tried on a GPU yet
+        "share": False,
+        # Of the memory of a GPU, what such copies may take
+        "share-memory": 0.5,
     },
     "ray": {
         # Address of a running Ray; None: $RAY_ADDRESS, else a private one is started
@@ -92,6 +96,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool] | None]] = {
     "computing": ("a whole number from 1, or null", lambda v: v is None or (_is_whole(v) and v > 0)),
     "telemetry": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
     "gpu.residents": ("a share above 0, to 1", _is_share),
+    "gpu.share": ("true or false", lambda v: type(v) is bool or v in (0, 1)),
+    "gpu.share-memory": ("a share above 0, to 1", _is_share),
     "ray.address": ("HOST:PORT, or null", lambda v: v is None or _is_text(v)),
     "ray.object-store-memory": ("bytes, as '4 GiB', or null", lambda v: v is None or _is_whole(v) or _is_text(v)),
     "ray.token-file": ("the path of a file, or null", lambda v: v is None or _is_text(v)),

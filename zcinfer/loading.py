@@ -23,6 +23,7 @@ import torch
 
 from . import config, telemetry
 from .description import Bytes
+from .device_sharing import Lease
 from .errors import ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
 from .parts import first_alone, join
 from .residents import Residents
@@ -88,12 +89,13 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
 
 
 class _Loaded(NamedTuple):
-    """A module, the mappings that its weights are views of, whether these are read-only, and the weights' bytes."""
+    """A module, the mappings that its weights are views of, whether these are read-only, and what it has of a GPU."""
 
     model: torch.nn.Module
     buffers: tuple[Bytes, ...]
     read_only: bool
     nbytes: int
+    leases: tuple[Lease, ...]
 
 
 def _load(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
@@ -134,8 +136,10 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
         model = join(fetched.skeleton, fetched.description, fetched.buffer, base=fetched.base, copy_small=read_only)
     joined = perf_counter()
     seconds |= {"import": imported - begin, "join": joined - imported}
+    nbytes = 0
+    leases: tuple[Lease, ...] = ()
     if target.type != "cpu":
-        model = to_device(model, fetched, target)
+        model, leases, nbytes = to_device(model, fetched, target)
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
@@ -145,7 +149,9 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     if read_only:
         _tell_read_only(ref)
         name_frames(model, str(ref))
-    return _Loaded(model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only, shared)
+    return _Loaded(
+        model, (fetched.buffer, *(() if fetched.base is None else (fetched.base,))), read_only, nbytes, leases
+    )
 
 
 def _kind(store: Store, ref: ModelRef, fetched: Fetched) -> str:
@@ -213,7 +219,7 @@ class Resident:
     def __init__(self, ref: ModelRef, device: str, training: str):
         self.name = str(ref)
         self.device = device_of(device)
-        self.model, buffers, read_only, self.nbytes = _load(ref, device)
+        self.model, buffers, read_only, self.nbytes, self._leases = _load(ref, device)
         # What was made of the module, and must go when its weights do
         self.made: dict[Any, Any] = {}
         _by_module[id(self.model)] = self
@@ -247,6 +253,14 @@ class Resident:
             and [tensor._version for tensor in self._tensors] == self._versions
             and self._written() == self._pages
         )
+
+    def told(self) -> str:
+        """Why it must not be used, as far as is known without a look at it; empty where it may."""
+        return next(filter(None, (lease.told() for lease in self._leases)), "")
+
+    def trouble(self) -> str:
+        """Why what it has computed cannot be trusted; empty where it can."""
+        return next(filter(None, (lease.trouble() for lease in self._leases)), "")
 
     def _written(self) -> int:
         found = (buffer() for buffer in self._buffers)

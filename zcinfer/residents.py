@@ -7,6 +7,7 @@ to meanwhile is dropped, so that results never depend on the order of blocks. No
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Protocol
 import torch
 
 from . import device_memory, telemetry
+from .errors import DeviceLost
 from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
@@ -33,6 +35,12 @@ class Resident(Protocol):
 
     def is_unchanged(self) -> bool:
         """Whether it is what it was when it was built."""
+
+    def told(self) -> str:
+        """Why it must not be used, as far as is known without a look at it; empty where it may."""
+
+    def trouble(self) -> str:
+        """Why what it has computed cannot be trusted; empty where it can."""
 
 
 class Residents:
@@ -79,6 +87,12 @@ class Residents:
         Yields
         ------
         torch.nn.Module
+
+        Raises
+        ------
+        DeviceLost
+            After the block: its weights were shared with other jobs, and cannot be trusted. In a Dask worker the block
+            is then computed again.
         """
         key = (ref.digest, device, training)
         with self._lock:
@@ -86,6 +100,9 @@ class Residents:
             resident = free.pop() if free else None
             if not free:
                 self._free.pop(key, None)
+            if resident is not None and resident.told():
+                self._held[resident.device] -= resident.nbytes
+                resident = None
         if resident is None:
             resident = self._built(ref, device, training)
         else:
@@ -94,6 +111,12 @@ class Residents:
         try:
             # Not given back after an exception: what it left half-done is not known.
             yield resident.model
+            why = resident.trouble()
+            if why:
+                raise _untrusted(
+                    f"the weights of {ref} on {device}, which jobs share, cannot be trusted ({why}), and so cannot "
+                    "what was computed with them"
+                )
             keep = self._is_as_built(resident, ref)
         finally:
             with self._lock:
@@ -161,6 +184,17 @@ class Residents:
         """Drop all modules that nobody uses now."""
         with self._lock:
             self._drop(lambda: True)
+
+
+def _untrusted(what: str) -> DeviceLost:
+    module = sys.modules.get("distributed.worker")
+    if module is None or getattr(module.thread_state, "key", None) is None:
+        return DeviceLost(f"{what}: compute it again")
+    from distributed import Reschedule
+
+    log.warning("%s: it is computed again", what)
+    again: type[DeviceLost] = type("TriedAgain", (DeviceLost, Reschedule), {})
+    return again(f"{what}: it is computed again")
 
 
 def _let_go(dropped: list[Resident], device: torch.device) -> None:

@@ -6,50 +6,78 @@ for a tensor of the flat buffer. So all that a model does of its own when it is 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from .description import ALIGNMENT
+from .description import ALIGNMENT, Bytes, StorageSpec
+from .device_sharing import Card, Lease, card_of
+from .errors import StoreUnavailable
 from .pickling import is_plain
+from .sharing import written_pages
 from .transfer import Cuda, Side, Span, Staging
 from .store import Fetched
 
 log = logging.getLogger("zcinfer")
 
+# Bytes of a model below which a copy for each job costs less than one for all
+SHARE_FROM = 1 << 20
+
 
 class Place(NamedTuple):
-    """Where a storage lies in the memory of a device: number of the tensor, first byte, bytes."""
+    """Where a storage lies in the memory of a device: number of the piece, first byte, bytes."""
 
-    buffer: int
+    piece: int
     start: int
     nbytes: int
 
 
-class Layout(NamedTuple):
-    """What of a model's buffers goes to the device, and whereto.
+class Piece(NamedTuple):
+    """What of one of a model's buffers lies in one tensor of the device.
 
     Attributes
     ----------
-    spans : tuple of list of Span
-        For each buffer, the model's own and its base's.
-    nbytes : tuple of int
-        Bytes that each takes there.
-    places : dict of int to Place
-        Of the storages, by the address that they have in host memory.
+    buffer : int
+        0: the model's own; 1: its base's.
+    shareable : bool
+        Nothing but weights that a model has no reason to write to.
+    spans : list of Span
+    nbytes : int
+        That it takes there.
+    key : str
+        Equal for equal content at equal places.
     """
 
-    spans: tuple[list[Span], ...]
-    nbytes: tuple[int, ...]
+    buffer: int
+    shareable: bool
+    spans: list[Span]
+    nbytes: int
+    key: str
+
+
+class Layout(NamedTuple):
+    """What of a model's buffers goes to the device, and whereto: ``places`` of storages, by their host addresses."""
+
+    pieces: list[Piece]
     places: dict[int, Place]
 
 
-def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device) -> torch.nn.Module:
+class Moved(NamedTuple):
+    """A model on a device, what it shares there with other jobs, and the bytes that are this process's own."""
+
+    model: torch.nn.Module
+    leases: tuple[Lease, ...]
+    nbytes: int
+
+
+def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device) -> Moved:
     """Move a model, as ``model.to(device)`` does.
 
     Parameters
@@ -62,58 +90,84 @@ def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device) ->
 
     Returns
     -------
-    torch.nn.Module
-        The same. Tensors that are views of one storage stay so.
+    Moved
+        With the same model. Tensors that are views of one storage stay so.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
-        return model.to(device)
+        return _moved_plainly(model, fetched, device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    return move(model, fetched, _side(torch.device("cuda", index)), torch.device("cuda", index))
+    device = torch.device("cuda", index)
+    return move(model, fetched, _side(device), device, card=_card(device))
 
 
 def move(
-    model: torch.nn.Module, fetched: Fetched, side: Side, device: torch.device, staging: Staging | None = None
-) -> torch.nn.Module:
-    """The same, with a given device side and pinned memory; by default those of this process."""
-    views: Views | None = None
+    model: torch.nn.Module,
+    fetched: Fetched,
+    side: Side,
+    device: torch.device,
+    staging: Staging | None = None,
+    card: Card | None = None,
+) -> Moved:
+    """The same, with a given device side, pinned memory (default: this process's), and memory shared by jobs."""
+    uploaded: _Uploaded | None = None
     why = ""
     try:
-        views = _upload(model, fetched, side, device, staging)
+        uploaded = _upload(model, fetched, side, device, staging, card)
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
     # Only here: an exception that is being handled holds what was made of the memory
-    if views is None:
+    if uploaded is None:
         log.warning("weights go to %s tensor by tensor, since their upload failed (%s)", device, why)
-        return model.to(device)
-    with views:
-        return model.to(device)
+        return _moved_plainly(model, fetched, device)
+    with uploaded.views:
+        return Moved(model.to(device), uploaded.leases, uploaded.nbytes)
 
 
-def layout(model: torch.nn.Module, fetched: Fetched) -> Layout:
-    """Find the storages that ``model.to`` moves, and lay them out one after the other, on 256 bytes."""
-    buffers = [fetched.buffer, *([] if fetched.base is None else [fetched.base])]
+def _moved_plainly(model: torch.nn.Module, fetched: Fetched, device: torch.device) -> Moved:
     described = fetched.description
-    found = {
-        (b := int(number in described.in_base), spec.offset, spec.nbytes): buffers[b].ctypes.data + spec.offset
-        for number, spec in enumerate(described.storages)
-        if spec.nbytes
-    }
-    asked = {tensor.untyped_storage().data_ptr() for tensor in _moved(model) if is_plain(tensor)}
-    spans: tuple[list[Span], ...] = tuple([] for _ in buffers)
-    ends, places = [0 for _ in buffers], {}
-    for (buffer, offset, nbytes), address in sorted(found.items()):
-        if address not in asked:
-            continue
-        start = -(-ends[buffer] // ALIGNMENT) * ALIGNMENT
-        places[address] = Place(buffer, start, nbytes)
-        last = spans[buffer][-1] if spans[buffer] else None
-        gap = offset - (last.source + last.nbytes) if last is not None else 0
-        if last is not None and 0 <= gap == start - ends[buffer]:
-            spans[buffer][-1] = last._replace(nbytes=last.nbytes + gap + nbytes)
-        else:
-            spans[buffer].append(Span(offset, start, nbytes))
-        ends[buffer] = start + nbytes
-    return Layout(spans, tuple(ends), places)
+    return Moved(model.to(device), (), described.nbytes + described.nbytes_in_base)
+
+
+def layout(model: torch.nn.Module, fetched: Fetched, share_from: float = inf) -> Layout:
+    """Find the storages that ``model.to`` moves, and lay them out one after the other, on 256 bytes.
+
+    Those that can be shared lie in pieces of their own, where they have ``share_from`` bytes together.
+    """
+    buffers = _buffers(fetched)
+    asked: dict[int, bool] = {}
+    for tensor, may_share in _asked(model):
+        if is_plain(tensor):
+            address = tensor.untyped_storage().data_ptr()
+            asked[address] = asked.get(address, True) and may_share
+    groups: dict[tuple[int, bool], list[tuple[int, StorageSpec]]] = {}
+    for number, spec in enumerate(fetched.description.storages):
+        buffer = int(number in fetched.description.in_base)
+        address = buffers[buffer].ctypes.data + spec.offset
+        if spec.nbytes and address in asked:
+            groups.setdefault((buffer, asked[address]), []).append((address, spec))
+    for buffer in (0, 1):
+        some = groups.pop((buffer, True), [])
+        if some:
+            shareable = sum(spec.nbytes for _, spec in some) >= share_from
+            groups.setdefault((buffer, shareable), []).extend(some)
+    pieces: list[Piece] = []
+    places: dict[int, Place] = {}
+    for (buffer, shareable), found in groups.items():
+        spans: list[Span] = []
+        end, held = 0, hashlib.sha256()
+        for address, spec in sorted(found, key=lambda each: each[1].offset):
+            start = -(-end // ALIGNMENT) * ALIGNMENT
+            places[address] = Place(len(pieces), start, spec.nbytes)
+            held.update(f"{start} {spec.nbytes} {spec.sha256}\n".encode())
+            gap = spec.offset - (spans[-1].source + spans[-1].nbytes) if spans else -1
+            if gap == start - end:  # padding alone
+                spans[-1] = spans[-1]._replace(nbytes=spans[-1].nbytes + gap + spec.nbytes)
+            else:
+                spans.append(Span(spec.offset, start, spec.nbytes))
+            end = start + spec.nbytes
+        nbytes = -(-end // ALIGNMENT) * ALIGNMENT
+        pieces.append(Piece(buffer, shareable, spans, nbytes, held.hexdigest()))
+    return Layout(pieces, places)
 
 
 class Views(TorchFunctionMode):
@@ -135,8 +189,8 @@ class Views(TorchFunctionMode):
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # A storage of its own for each that the model had, which no other way gives without a copy
         self._storages = {
-            address: from_dlpack(to_dlpack(memory[buffer][start : start + nbytes])).untyped_storage()
-            for address, (buffer, start, nbytes) in places.items()
+            address: from_dlpack(to_dlpack(memory[piece][start : start + nbytes])).untyped_storage()
+            for address, (piece, start, nbytes) in places.items()
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,28 +219,83 @@ class Views(TorchFunctionMode):
         return made
 
 
+class _Uploaded(NamedTuple):
+    views: Views
+    leases: tuple[Lease, ...]
+    nbytes: int
+
+
 def _upload(
-    model: torch.nn.Module, fetched: Fetched, side: Side, device: torch.device, staging: Staging | None
-) -> Views:
-    found = layout(model, fetched)
-    buffers = [fetched.buffer, *([] if fetched.base is None else [fetched.base])]
+    model: torch.nn.Module,
+    fetched: Fetched,
+    side: Side,
+    device: torch.device,
+    staging: Staging | None,
+    card: Card | None,
+) -> _Uploaded:
+    buffers = _buffers(fetched)
+    if card is not None and any(map(written_pages, buffers)):
+        card = None  # the model's own code wrote to its weights when it was joined
+    found = layout(model, fetched, inf if card is None else SHARE_FROM)
     with torch.inference_mode(False):
-        memory = [side.empty(nbytes) for nbytes in found.nbytes]
+        memory, leases, own = [], [], 0
         through = staging or _staging(side)
-        for source, target, spans in zip(buffers, memory, found.spans, strict=True):
-            through.move(side, source, target, spans)
-        return Views(found.places, memory, device)
+        for piece in found.pieces:
+            lease = _leased(card, piece, device) if card is not None and piece.shareable else None
+            target = side.empty(piece.nbytes) if lease is None else lease.memory
+            if lease is None or lease.must_be_filled:
+                through.move(side, buffers[piece.buffer], target, piece.spans)
+            if lease is None:
+                own += piece.nbytes
+            else:
+                leases.append(lease)
+                if lease.must_be_filled:
+                    lease.fill()
+            memory.append(target)
+        return _Uploaded(Views(found.places, memory, device), tuple(leases), own)
 
 
-def _moved(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers of all modules: what ``.to`` moves, unless a module has a way of its own."""
+def _leased(card: Card, piece: Piece, device: torch.device) -> Lease | None:
+    try:
+        lease = card.lease(piece.key, piece.nbytes)
+        why = "" if lease.must_be_filled else lease.trouble()
+    except StoreUnavailable as error:
+        why = str(error)
+    if not why:
+        return lease
+    if (device, why) not in _told:
+        _told.add((device, why))
+        log.warning("weights on %s are this process's own, and not shared with other jobs: %s", device, why)
+    return None
+
+
+def _card(device: torch.device) -> Card | None:
+    try:
+        return card_of(device)
+    except StoreUnavailable as error:
+        if (device, str(error)) not in _told:
+            _told.add((device, str(error)))
+            log.warning("weights on %s are this process's own, and not shared with other jobs: %s", device, error)
+        return None
+
+
+def _buffers(fetched: Fetched) -> list[Bytes]:
+    return [fetched.buffer, *([] if fetched.base is None else [fetched.base])]
+
+
+def _asked(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, bool]]:
+    """What ``.to`` moves, unless a module has a way of its own; and whether a module has no reason to write to it."""
     for module in torch.nn.Module.modules(model):
+        # Weights of an RNN are copied anew when they are packed
+        may_share = not isinstance(module, torch.nn.RNNBase)
         for name in ("_parameters", "_buffers"):
             for tensor in vars(module).get(name, {}).values():
                 if isinstance(tensor, torch.Tensor):
-                    yield tensor
+                    yield tensor, may_share and name == "_parameters"
 
 
+# Told once
+_told: set[tuple[torch.device, str]] = set()
 _lock = threading.Lock()
 _sides: dict[torch.device, Side] = {}
 _pinned: list[Staging] = []
