@@ -56,7 +56,7 @@ class ChangedByItsLoading(nn.Linear):
         self.weight.data.fill_(5.0)
 
 
-def moved(fetched: Fetched, card: Card) -> tuple[Moved, Late]:
+def moved(fetched: Fetched, card: Card | None) -> tuple[Moved, Late]:
     side = Late()
     return upload.move(joined(fetched), fetched, side, CPU, Staging(side, 3, 1 << 16, 2), card), side
 
@@ -129,7 +129,9 @@ def test_another_models_weights_are_others(make: Make, registry: Path) -> None:
 def residents(make: Make, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Residents:
     """Those of a job whose device "meta" is a card that is none."""
     card = make()
-    monkeypatch.setattr(loading, "to_device", lambda model, fetched, device: moved(fetched, card)[0])
+    monkeypatch.setattr(
+        loading, "to_device", lambda model, fetched, device, share: moved(fetched, card if share else None)[0]
+    )
     return Residents(loading.Resident, 10)
 
 
@@ -150,6 +152,15 @@ def test_a_model_is_used_again(residents: Residents, registry: Path) -> None:
         pass
     with residents.lend(ref, "meta", "refuse") as second:
         assert second is first
+
+
+def test_what_a_user_loads_is_the_users_own(residents: Residents, registry: Path) -> None:
+    model = Wide().eval()
+    ref = put(model, "wide")
+    with residents.lend(ref, "meta", "refuse"):
+        loaded = loading.load_ref(ref, "meta")
+        tensors(loaded)["layer.weight"].data.zero_()
+    assert owner_of(residents)  # shared, and what it computed counts
 
 
 def test_a_block_during_which_the_owner_died_does_not_count(residents: Residents, registry: Path) -> None:

@@ -235,7 +235,7 @@ class Server:
         if not isinstance(message, dict):
             raise TypeError(type(message))
         if isinstance(self._pieces, str):
-            connection.send(refused=self._pieces)
+            connection.send(refused=self._pieces, never=True)
         elif "want" in message and connection.piece is None:
             self._pieces.want(connection, str(message["want"]), int(message["nbytes"]))
         elif "filled" in message:

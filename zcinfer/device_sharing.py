@@ -172,7 +172,7 @@ class Card:
             if answer is None:
                 raise StoreUnavailable("the process that owns the card's shared memory ended")
             if "refused" in answer:
-                raise _Refused(str(answer["refused"]))
+                raise (StoreUnavailable if answer.get("never") else _Refused)(str(answer["refused"]))
             return Lease(line, self._driver, self._device, nbytes, answer | {"key": key}, self._spoiled)
         except BaseException:
             line.close()

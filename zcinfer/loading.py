@@ -85,7 +85,7 @@ def load_ref(ref: ModelRef, device: torch.device | str | None = None) -> torch.n
     torch.nn.Module
         Its weights are views of shared memory; what is written to them stays in this process.
     """
-    return _load(ref, device).model
+    return _load(ref, device, share=False).model
 
 
 class _Loaded(NamedTuple):
@@ -98,19 +98,19 @@ class _Loaded(NamedTuple):
     leases: tuple[Lease, ...]
 
 
-def _load(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
+def _load(ref: ModelRef, device: torch.device | str | None, share: bool) -> _Loaded:
     # Thousands of new objects call for a garbage collection every few hundred, and none of them is garbage. The one
     # that is due comes after the load.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return _build(ref, device)
+        return _build(ref, device, share)
     finally:
         if collecting:
             gc.enable()
 
 
-def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
+def _build(ref: ModelRef, device: torch.device | str | None, share: bool) -> _Loaded:
     seconds: dict[str, float] = {}
     target = device_of(device)
     begin = perf_counter()
@@ -139,7 +139,7 @@ def _build(ref: ModelRef, device: torch.device | str | None) -> _Loaded:
     nbytes = 0
     leases: tuple[Lease, ...] = ()
     if target.type != "cpu":
-        model, leases, nbytes = to_device(model, fetched, target)
+        model, leases, nbytes = to_device(model, fetched, target, share)
         seconds["to device"] = perf_counter() - joined
     kind = store.url.partition(":")[0]
     shared = fetched.description.nbytes + fetched.description.nbytes_in_base
@@ -219,7 +219,7 @@ class Resident:
     def __init__(self, ref: ModelRef, device: str, training: str):
         self.name = str(ref)
         self.device = device_of(device)
-        self.model, buffers, read_only, self.nbytes, self._leases = _load(ref, device)
+        self.model, buffers, read_only, self.nbytes, self._leases = _load(ref, device, share=True)
         # What was made of the module, and must go when its weights do
         self.made: dict[Any, Any] = {}
         _by_module[id(self.model)] = self

@@ -77,7 +77,7 @@ class Moved(NamedTuple):
     nbytes: int
 
 
-def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device) -> Moved:
+def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device, share: bool = False) -> Moved:
     """Move a model, as ``model.to(device)`` does.
 
     Parameters
@@ -87,6 +87,9 @@ def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device) ->
     fetched : Fetched
     device : torch.device
         What is not CUDA is left to ``model.to``, and so is all where the upload fails, with a warning.
+    share : bool
+        Have the weights in memory that other jobs read, too, if the settings ask for that: nobody may write to them,
+        and what was computed counts only where the leases have no `trouble` afterwards.
 
     Returns
     -------
@@ -97,7 +100,7 @@ def to_device(model: torch.nn.Module, fetched: Fetched, device: torch.device) ->
         return _moved_plainly(model, fetched, device)
     index = torch.cuda.current_device() if device.index is None else device.index
     device = torch.device("cuda", index)
-    return move(model, fetched, _side(device), device, card=_card(device))
+    return move(model, fetched, _side(device), device, card=_card(device) if share else None)
 
 
 def move(
