@@ -221,6 +221,7 @@ def block() -> float:
     return result
 
 
+@pytest.mark.slow
 def test_dask_computes_such_a_block_again(residents: Residents, registry: Path) -> None:
     model = Wide().eval()
     ref = put(model, "wide")

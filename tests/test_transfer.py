@@ -27,7 +27,7 @@ def spans_in_any_place(draw: Any) -> tuple[list[Span], int, int]:
     return draw(st.permutations(found)), 2600, end
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(spans_in_any_place(), st.integers(1, 5), st.integers(1, 700), st.integers(1, 4))
 def test_the_same_bytes_arrive(found: tuple[list[Span], int, int], slots: int, slot_bytes: int, threads: int) -> None:
     spans, source_bytes, target_bytes = found

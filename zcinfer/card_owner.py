@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from .cuda_driver import OUT_OF_MEMORY, Driver, DriverError
 
 # Seconds without any connection until it ends
-LINGER = 2.0
+LINGER = 1.0
 # Of a message; ours have some hundred
 _LONGEST = 1 << 16
 

@@ -39,8 +39,6 @@ def budget(device: torch.device, held: int) -> float:
 
 def give_back(device: torch.device) -> None:
     """Let other processes have the memory of what was just dropped."""
-    if device.type == "cpu":
-        return  # where it is the store's
-    gc.collect()  # modules may refer to each other in circles
     if device.type == "cuda":
+        gc.collect()  # modules may refer to each other in circles
         torch.cuda.empty_cache()

@@ -1,72 +1,31 @@
 """A model that was joined in host memory, moved to a device: ``.to`` with the copying of each tensor left out.
 
-Its storages go over in one stream (`transfer`); then ``model.to`` runs, and gets a view on the device wherever it asks
-for a tensor of the flat buffer. So all that a model does of its own when it is moved stays as it is. Not for CPUs.
+Its storages go over in one stream (`transfer`) to places side by side (`placement`); then ``model.to`` runs over views
+of them (`device_views`). So all that a model does of its own when it is moved stays as it is. Not for CPUs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
-from .description import ALIGNMENT, Bytes, StorageSpec
 from .device_sharing import Card, Lease, card_of
+from .device_views import Views
 from .errors import StoreUnavailable
-from .pickling import is_plain
+from .placement import Piece, buffers_of, layout
 from .sharing import written_pages
-from .transfer import Cuda, Side, Span, Staging
+from .transfer import Cuda, Side, Staging
 from .store import Fetched
 
 log = logging.getLogger("zcinfer")
 
 # Bytes of a model below which a copy for each job costs less than one for all
 SHARE_FROM = 1 << 20
-
-
-class Place(NamedTuple):
-    """Where a storage lies in the memory of a device: number of the piece, first byte, bytes."""
-
-    piece: int
-    start: int
-    nbytes: int
-
-
-class Piece(NamedTuple):
-    """What of one of a model's buffers lies in one tensor of the device.
-
-    Attributes
-    ----------
-    buffer : int
-        0: the model's own; 1: its base's.
-    shareable : bool
-        Nothing but weights that a model has no reason to write to.
-    spans : list of Span
-    nbytes : int
-        That it takes there.
-    key : str
-        Equal for equal content at equal places.
-    """
-
-    buffer: int
-    shareable: bool
-    spans: list[Span]
-    nbytes: int
-    key: str
-
-
-class Layout(NamedTuple):
-    """What of a model's buffers goes to the device, and whereto: ``places`` of storages, by their host addresses."""
-
-    pieces: list[Piece]
-    places: dict[int, Place]
 
 
 class Moved(NamedTuple):
@@ -122,104 +81,12 @@ def move(
     if uploaded is None:
         log.warning("weights go to %s tensor by tensor, since their upload failed (%s)", device, why)
         return _moved_plainly(model, fetched, device)
-    with uploaded.views:
-        return Moved(model.to(device), uploaded.leases, uploaded.nbytes)
+    return Moved(uploaded.views.move(), uploaded.leases, uploaded.nbytes)
 
 
 def _moved_plainly(model: torch.nn.Module, fetched: Fetched, device: torch.device) -> Moved:
     described = fetched.description
     return Moved(model.to(device), (), described.nbytes + described.nbytes_in_base)
-
-
-def layout(model: torch.nn.Module, fetched: Fetched, share_from: float = inf) -> Layout:
-    """Find the storages that ``model.to`` moves, and lay them out one after the other, on 256 bytes.
-
-    Those that can be shared lie in pieces of their own, where they have ``share_from`` bytes together.
-    """
-    buffers = _buffers(fetched)
-    asked: dict[int, bool] = {}
-    for tensor, may_share in _asked(model):
-        if is_plain(tensor):
-            address = tensor.untyped_storage().data_ptr()
-            asked[address] = asked.get(address, True) and may_share
-    groups: dict[tuple[int, bool], list[tuple[int, StorageSpec]]] = {}
-    for number, spec in enumerate(fetched.description.storages):
-        buffer = int(number in fetched.description.in_base)
-        address = buffers[buffer].ctypes.data + spec.offset
-        if spec.nbytes and address in asked:
-            groups.setdefault((buffer, asked[address]), []).append((address, spec))
-    for buffer in (0, 1):
-        some = groups.pop((buffer, True), [])
-        if some:
-            shareable = sum(spec.nbytes for _, spec in some) >= share_from
-            groups.setdefault((buffer, shareable), []).extend(some)
-    pieces: list[Piece] = []
-    places: dict[int, Place] = {}
-    for (buffer, shareable), found in groups.items():
-        spans: list[Span] = []
-        end, held = 0, hashlib.sha256()
-        for address, spec in sorted(found, key=lambda each: each[1].offset):
-            start = -(-end // ALIGNMENT) * ALIGNMENT
-            places[address] = Place(len(pieces), start, spec.nbytes)
-            held.update(f"{start} {spec.nbytes} {spec.sha256}\n".encode())
-            gap = spec.offset - (spans[-1].source + spans[-1].nbytes) if spans else -1
-            if gap == start - end:  # padding alone
-                spans[-1] = spans[-1]._replace(nbytes=spans[-1].nbytes + gap + spec.nbytes)
-            else:
-                spans.append(Span(spec.offset, start, spec.nbytes))
-            end = start + spec.nbytes
-        nbytes = -(-end // ALIGNMENT) * ALIGNMENT
-        pieces.append(Piece(buffer, shareable, spans, nbytes, held.hexdigest()))
-    return Layout(pieces, places)
-
-
-class Views(TorchFunctionMode):
-    """While it is in force, tensors of the flat buffers that are moved to the device are views of what lies there.
-
-    Parameters
-    ----------
-    places : dict of int to Place
-    memory : sequence of torch.Tensor
-        uint8, on the device.
-    device : torch.device
-        As ``model.to`` is given it.
-    """
-
-    def __init__(self, places: dict[int, Place], memory: Sequence[torch.Tensor], device: torch.device):
-        super().__init__()
-        self._device = device
-        # Of buffers that a model has twice, which `.to` would make two of
-        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # A storage of its own for each that the model had, which no other way gives without a copy
-        self._storages = {
-            address: from_dlpack(to_dlpack(memory[piece][start : start + nbytes])).untyped_storage()
-            for address, (piece, start, nbytes) in places.items()
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.to and not kwargs and args[1:2] == (self._device,):
-            dtype = args[2] if len(args) > 2 else None
-            if dtype in (None, args[0].dtype):
-                found = self._view(args[0])
-                if found is not None:
-                    return found
-        return func(*args, **(kwargs or {}))
-
-    def _view(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        if tensor.device.type != "cpu" or not is_plain(tensor):
-            return None
-        storage = self._storages.get(tensor.untyped_storage().data_ptr())
-        if storage is None:
-            return None
-        if id(tensor) in self._made:
-            return self._made[id(tensor)][1]
-        # Never of inference_mode: such tensors cannot be trained, or cast, later
-        with torch.inference_mode(False):
-            made = torch.empty(0, dtype=tensor.dtype, device=self._device)
-            made.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
-        if not isinstance(tensor, torch.nn.Parameter):
-            self._made[id(tensor)] = tensor, made  # the first keeps the number its own
-        return made
 
 
 class _Uploaded(NamedTuple):
@@ -236,29 +103,42 @@ def _upload(
     staging: Staging | None,
     card: Card | None,
 ) -> _Uploaded:
-    buffers = _buffers(fetched)
+    buffers = buffers_of(fetched)
     if card is not None and any(map(written_pages, buffers)):
         card = None  # the model's own code wrote to its weights when it was joined
     found = layout(model, fetched, inf if card is None else SHARE_FROM)
     with torch.inference_mode(False):
-        memory, leases, own = [], [], 0
         through = staging or _staging(side)
-        for piece in found.pieces:
-            lease = _leased(card, piece, device) if card is not None and piece.shareable else None
-            target = side.empty(piece.nbytes) if lease is None else lease.memory
+        # In one order everywhere: a process that writes one may wait for another that writes the next
+        leased = {
+            piece.key: _leased(card, piece, device)
+            for piece in sorted(found.pieces, key=lambda piece: piece.key)
+            if piece.shareable
+        }
+        leases = [leased.get(piece.key) if piece.shareable else None for piece in found.pieces]
+        memory = [
+            side.empty(piece.nbytes) if lease is None else lease.memory
+            for piece, lease in zip(found.pieces, leases, strict=True)
+        ]
+
+    def fill() -> None:
+        for piece, lease, target in zip(found.pieces, leases, memory, strict=True):
             if lease is None or lease.must_be_filled:
                 through.move(side, buffers[piece.buffer], target, piece.spans)
-            if lease is None:
-                own += piece.nbytes
-            else:
-                leases.append(lease)
-                if lease.must_be_filled:
-                    lease.fill()
-            memory.append(target)
-        return _Uploaded(Views(found.places, memory, device), tuple(leases), own)
+            if lease is not None and lease.must_be_filled:
+                lease.fill()
+
+    with ThreadPoolExecutor(1, "zcinfer-upload") as thread, torch.inference_mode(False):
+        arriving = thread.submit(fill)
+        views = Views(model, found.places, memory, device)
+        arriving.result()
+    own = sum(piece.nbytes for piece, lease in zip(found.pieces, leases, strict=True) if lease is None)
+    return _Uploaded(views, tuple(lease for lease in leases if lease is not None), own)
 
 
-def _leased(card: Card, piece: Piece, device: torch.device) -> Lease | None:
+def _leased(card: Card | None, piece: Piece, device: torch.device) -> Lease | None:
+    if card is None:
+        return None
     try:
         lease = card.lease(piece.key, piece.nbytes)
         why = "" if lease.must_be_filled else lease.trouble()
@@ -280,21 +160,6 @@ def _card(device: torch.device) -> Card | None:
             _told.add((device, str(error)))
             log.warning("weights on %s are this process's own, and not shared with other jobs: %s", device, error)
         return None
-
-
-def _buffers(fetched: Fetched) -> list[Bytes]:
-    return [fetched.buffer, *([] if fetched.base is None else [fetched.base])]
-
-
-def _asked(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, bool]]:
-    """What ``.to`` moves, unless a module has a way of its own; and whether a module has no reason to write to it."""
-    for module in torch.nn.Module.modules(model):
-        # Weights of an RNN are copied anew when they are packed
-        may_share = not isinstance(module, torch.nn.RNNBase)
-        for name in ("_parameters", "_buffers"):
-            for tensor in vars(module).get(name, {}).values():
-                if isinstance(tensor, torch.Tensor):
-                    yield tensor, may_share and name == "_parameters"
 
 
 # Told once
