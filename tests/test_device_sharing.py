@@ -28,8 +28,6 @@ from zcinfer import cuda_driver, device_sharing
 from zcinfer.device_sharing import Card, Lease, private_runtime_directory
 from zcinfer.errors import StoreUnavailable
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own library is loaded here: see tests/gpu")
-
 MIB = 1 << 20
 
 

@@ -29,8 +29,6 @@ from zcinfer.transfer import Staging
 from zcinfer.store import Fetched
 from zcinfer.upload import Moved
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own library is loaded here: see tests/gpu")
-
 CPU = torch.device("cpu")
 
 

@@ -174,12 +174,25 @@ def test_a_way_of_its_own_is_gone(registry: Path) -> None:
 
 def test_tensors_that_another_dtype_is_asked_for_are_not_replaced(registry: Path) -> None:
     class Halved(nn.Linear):
-        def _apply(self, fn: Any, recurse: bool = True) -> Any:
-            return super()._apply(lambda tensor: fn(tensor).to(CPU, torch.float16), recurse)
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            return super().to(*args, dtype=torch.float16, **kwargs)
 
-    fetched = fetch(put(Halved(4, 4).eval(), "model"))
-    found: Any = moved(fetched, Late())
-    assert found.weight.dtype == torch.float16
+    model = Halved(4, 4).eval()
+    found: Any = moved(fetch(put(model, "model")), Late())
+    assert torch.equal(found.weight, model.weight.half())
+
+
+def test_a_way_of_its_own_finds_its_tensors_where_they_were(registry: Path) -> None:
+    class Looks(nn.Linear):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            self.weight_was_at = self.weight.data_ptr()
+            return super().to(*args, **kwargs)
+
+    fetched = fetch(put(Looks(4, 4).eval(), "model"))
+    device = Late()
+    found: Any = moved(fetched, device)
+    assert found.weight_was_at == fetched.buffer.ctypes.data + fetched.description.storages[0].offset
+    assert device.holds(found.weight)
 
 
 def test_a_variant_and_its_base(registry: Path) -> None:
