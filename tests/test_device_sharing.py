@@ -306,6 +306,33 @@ def test_the_owner_ends_with_the_last_job_however_that_ended(make: Make, place: 
     assert [path.suffix for path in place.iterdir()] == [".lock"]
 
 
+FORKS = """
+import os, sys
+from pathlib import Path
+import torch
+from zcinfer.device_sharing import Card
+card = Card(torch.device("cpu"), 0.5, Path(sys.argv[1]))
+lease = card.lease("a", 4096)
+lease.fill()
+if os.fork() == 0:
+    sys.stdin.read()  # lives as long as the test lets it
+    os._exit(0)
+print(lease.owner, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_forked_child_holds_nothing(make: Make, place: Path) -> None:
+    make()  # the library is where child processes find it
+    command = [sys.executable, "-c", FORKS, str(place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        owner = int(parent.stdout.readline())
+        assert parent.wait(20) == 0
+        wait_until(lambda: owner not in owners(place), 10)  # while the child is there
+
+
 def test_garbage_ends_a_connection_and_nothing_else(make: Make, place: Path) -> None:
     card = make()
     lease = filled(card, "a", 1)
