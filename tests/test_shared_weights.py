@@ -25,8 +25,8 @@ from zcinfer.device_sharing import Card
 from zcinfer.errors import DeviceLost
 from zcinfer.publishing import put
 from zcinfer.residents import Residents
-from zcinfer.transfer import Staging
 from zcinfer.store import Fetched
+from zcinfer.transfer import Staging
 from zcinfer.upload import Moved
 
 CPU = torch.device("cpu")

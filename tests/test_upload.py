@@ -18,9 +18,9 @@ from zcinfer import loading
 from zcinfer.parts import join
 from zcinfer.placement import layout
 from zcinfer.publishing import put
-from zcinfer.transfer import Staging
 from zcinfer.store import Fetched, ModelRef
 from zcinfer.stores import open_store
+from zcinfer.transfer import Staging
 from zcinfer.upload import move
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ import torch
 
 from .description import ALIGNMENT, Bytes, StorageSpec
 from .pickling import is_plain
-from .transfer import Span
 from .store import Fetched
+from .transfer import Span
 
 
 class Place(NamedTuple):

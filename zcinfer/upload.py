@@ -19,8 +19,8 @@ from .device_views import Views
 from .errors import StoreUnavailable
 from .placement import Piece, buffers_of, layout
 from .sharing import written_pages
-from .transfer import Cuda, Side, Staging
 from .store import Fetched
+from .transfer import Cuda, Side, Staging
 
 log = logging.getLogger("zcinfer")
 
