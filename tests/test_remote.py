@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,8 +19,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import dask
 import fsspec
@@ -29,7 +31,7 @@ from click.testing import CliRunner
 from fsspec.implementations.memory import MemoryFileSystem
 
 import zcinfer as zc
-from zcinfer import catalog, cli, loading, publishing
+from zcinfer import catalog, cli, loading, publishing, remote_files
 from zcinfer.archive import DESCRIPTION, SKELETON, WEIGHTS, write_archive
 from zcinfer.errors import (
     ArchiveError,
@@ -40,6 +42,7 @@ from zcinfer.errors import (
     ZcinferError,
 )
 from zcinfer.parts import split
+from zcinfer.places import shown
 from zcinfer.registry import Registry
 from zcinfer.remote import COPY, Remote
 from zcinfer.store import FileStore
@@ -594,6 +597,74 @@ def test_a_url_that_does_not_answer_is_told(elsewhere: Registry) -> None:
     ):
         elsewhere.archive("0" * 64)
     assert nothing_of(elsewhere)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/models?endpoint_url=x", "memory://models#2", "sftp://me:secret@host/m?x=1"]
+)
+def test_a_url_with_options_in_it_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"has options in it.*fsspec's configuration") as told:
+        Remote(url)
+    assert "secret" not in str(told.value)
+
+
+def test_a_server_that_says_nothing_is_given_up_in_time(
+    registry: Path, elsewhere: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "_PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/models"
+        with dask.config.set({"zcinfer.remote": url}):
+            with pytest.raises(RemoteUnavailable, match=f"{url} cannot be listed: TimeoutError: no answer within 0 s"):
+                elsewhere.archive("0" * 64)
+            with pytest.raises(RemoteUnavailable, match=r"layer@1 is published.*no answer within"):
+                zc.put(layer(), "layer")
+
+
+class Stuck(MemoryFileSystem):
+    """A server that stops to answer while a file is read or written."""
+
+    protocol = "stuck"
+    go_on: ClassVar[threading.Event] = threading.Event()
+    at: ClassVar[str] = ""
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        file = super()._open(path, mode, **options)
+        if mode == self.at and path.endswith(WEIGHTS):
+            file.read = file.write = lambda *_: self.go_on.wait(60)
+        return file
+
+
+@pytest.mark.parametrize("mode", ["rb", "wb"])
+def test_a_server_that_falls_silent_in_a_file_is_given_up_in_time(
+    mode: str, registry: Path, elsewhere: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "_PATIENCE", 0.2)
+    monkeypatch.setattr(remote_files, "_SLOWEST", 1e9)
+    fsspec.register_implementation("stuck", Stuck, clobber=True)
+    url = f"stuck://{uuid.uuid4().hex}"
+    archive = Registry(registry).local(zc.put(layer(), "layer").digest)
+    if mode == "rb":
+        Remote(url).upload(archive, "layer@1")
+    monkeypatch.setattr(Stuck, "at", mode)
+    upload = partial(Remote(url).upload, archive, "layer@1")
+    download = partial(elsewhere.archive, archive.description.digest)
+    try:
+        with dask.config.set({"zcinfer.remote": url}), pytest.raises(RemoteUnavailable) as told:
+            (upload if mode == "wb" else download)()
+    finally:
+        Stuck.go_on.set()
+        Stuck.go_on = threading.Event()
+    assert re.search(
+        f"{url}/.*/{WEIGHTS} cannot be {'read' if mode == 'rb' else 'written'}: .*no answer", str(told.value)
+    )
+    assert mode == "rb" or Remote(url).uploads(archive.description.digest) == []
+    assert nothing_of(elsewhere)
+
+
+def test_a_password_is_not_told() -> None:
+    assert shown("sftp://me:secret@server:22/models") == "sftp://me:***@server:22/models"
+    assert shown("s3://bucket/a:b@c") == "s3://bucket/a:b@c"
 
 
 def test_a_put_without_its_copy_says_so_and_can_be_repeated(registry: Path, tmp_path: Path) -> None:

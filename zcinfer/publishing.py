@@ -150,9 +150,9 @@ def _shared_place() -> Path | None:
     url = config.get("remote")
     if not url:
         return catalog.registry().directory / "archives"
-    from .remote import Remote
+    from .places import Place
 
-    return Remote(str(url)).directory
+    return Place.of(str(url)).directory
 
 
 # Registries of which it was said, or need not be, that one machine alone has them.

@@ -13,13 +13,11 @@ import contextlib
 import logging
 import os
 import pickle
-import queue
 import select
 import socket
 import sys
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -35,6 +33,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from . import config, keeper, own_ray
 from .archive import MARGIN, WEIGHTS
 from .condition import UNAVAILABLE, Condition, Size, of_ray
+from .deadline import join_within
 from .description import Bytes, Description
 from .errors import ModelNotFound, StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
@@ -238,7 +237,7 @@ class RayStore:
             why = f"Ray at {self.address} has died" if self.died else f"this process has left Ray at {self.address}"
             return Condition(name, {}, f"{UNAVAILABLE}{why}; models that are loaded stay so", healthy=False)
         if monotonic() >= self._look_at:
-            result, error = _join_within(_LOOKING, lambda: _look(self.address, self._holder)) or (None, None)
+            result, error = join_within(_LOOKING, lambda: _look(self.address, self._holder)) or (None, None)
             if result is not None:
                 return of_ray(name, *result)
             self._why = f"no answer within {_LOOKING} s" if error is None else _first_line(error)
@@ -386,7 +385,7 @@ class RayStore:
             raise StoreUnavailable(f"Ray at {self.address} has died. Start another with zc.connect().")
         if monotonic() < self._retry_at:
             raise StoreUnavailable(f"Ray at {self.address} did not answer a moment ago, and is given a minute.")
-        outcome = _join_within(seconds, function)
+        outcome = join_within(seconds, function)
         if outcome is None:
             # Slow is not dead: what hangs is left to hang, and the next one to ask need not wait as long.
             self._retry_at = monotonic() + PATIENCE
@@ -481,7 +480,7 @@ class _Session:
                 _Session.current = None
             if not self.users:
                 # With the raylet gone, shutdown may hang as every other call.
-                _join_within(seconds, ray.shutdown)
+                join_within(seconds, ray.shutdown)
                 _set(self.before)
 
 
@@ -558,7 +557,7 @@ def nodes(address: str, environment: Mapping[str, str | None], seconds: float) -
 
     before = _set(environment)
     try:
-        outcome = _join_within(seconds, ask)
+        outcome = join_within(seconds, ask)
     finally:
         _set(before)
     result, error = outcome or (None, TimeoutError(f"no answer within {seconds:.0f} s"))
@@ -656,57 +655,6 @@ def _read(head: bytes) -> Head:
     description, skeleton = pickle.loads(head)
     _ = description.columns  # made once, and kept with it
     return description, skeleton
-
-
-Outcome = tuple[Any, BaseException | None]
-
-
-class _Caller:
-    """A thread that makes calls for others, who need not wait for ever."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Outcome]]] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True, name="zcinfer-ray-call").start()
-
-    def ask(self, function: Callable[[], Any], seconds: float) -> Outcome | None:
-        """Result or exception of a call; None when it has not returned in time, and this thread is no more of use."""
-        answer: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._calls.put((function, answer))
-        try:
-            return answer.get(timeout=max(0.0, seconds))
-        except queue.Empty:
-            self._calls.put((sys.exit, answer))  # should it ever come back
-            return None
-
-    def _serve(self) -> None:
-        while True:
-            function, answer = self._calls.get()
-            if function is sys.exit:
-                return
-            try:
-                outcome: Outcome = function(), None
-            except BaseException as error:  # a released ray.get raises SystemExit, which must not end the caller
-                outcome = None, error
-            answer.put(outcome)
-            # What it returned or raised is not to live until the next call.
-            del function, answer, outcome
-
-
-# Threads that wait for calls: a new one takes as long as a call.
-_callers: deque[_Caller] = deque()
-os.register_at_fork(after_in_child=_callers.clear)
-
-
-def _join_within(seconds: float, function: Callable[[], Any]) -> Outcome | None:
-    """Result or exception of a call, or None when it has not returned in time; its thread is then left behind."""
-    try:
-        caller = _callers.pop()
-    except IndexError:
-        caller = _Caller()
-    outcome = caller.ask(function, seconds)
-    if outcome is not None:
-        _callers.append(caller)
-    return outcome
 
 
 def _first_line(error: BaseException) -> str:
