@@ -19,6 +19,7 @@ from typing import Any
 import dask
 import pytest
 import torch
+from durable import synced
 from processes import wait_until
 from torch import nn
 
@@ -39,6 +40,17 @@ A, B, C = (parts(seed) for seed in range(3))
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "registry")
+
+
+def test_what_is_published_outlives_a_loss_of_power(registry: Registry, tmp_path: Path) -> None:
+    with synced() as disk:
+        registry.add(A, "base")
+        registry.add(B, "variant", base=A.description.digest)
+        registry.adopt(registry.local(A.description.digest), "adopted")
+        saved = registry.save(partial(write_archive, C), tmp_path / "new" / "saved")
+    assert {path.name for path in registry.directory.glob("[a-z]*")} == {"archives", "bases", "names", "seals"}
+    assert disk.missing(registry.directory) == []
+    assert disk.missing(saved.directory.parent) == []
 
 
 def archives(registry: Registry) -> set[str]:

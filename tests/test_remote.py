@@ -22,12 +22,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import dask
 import fsspec
 import pytest
 import torch
 from click.testing import CliRunner
+from durable import synced
 from fsspec.implementations.memory import MemoryFileSystem
 
 import zcinfer as zc
@@ -134,6 +136,22 @@ def test_what_is_fetched_is_on_disk_before_it_has_its_name(
     elsewhere.archive(digest)
     assert unsynced == []
     assert target.is_dir()
+
+
+def test_a_copy_in_a_directory_outlives_a_loss_of_power(registry: Path, tmp_path: Path) -> None:
+    archive = Registry(registry).local(zc.put(layer(), "layer").digest)
+    write = remote_files.RemoteFiles.write
+    before: list[list[str]] = []
+
+    def last(files: remote_files.RemoteFiles, path: str, content: bytes) -> None:
+        before.append(disk.missing(tmp_path / "new"))  # what says that the copy is whole comes when it is
+        write(files, path, content)
+
+    with synced() as disk, patch.object(remote_files.RemoteFiles, "write", last):
+        Remote(str(tmp_path / "new" / "shared")).upload(archive, "layer@1")
+    assert before == [[]]
+    assert disk.missing(tmp_path / "new") == []
+    assert only_upload(tmp_path / "new" / "shared", archive.description.digest).joinpath(COPY).exists()
 
 
 def test_without_the_setting_nothing_is_fetched_or_imported(tmp_path: Path) -> None:

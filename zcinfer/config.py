@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import SettingsError
+from .files import make_directory
 
 DEFAULTS: dict[str, Any] = {
     # "ray", "ray:HOST:PORT", "file" or "file:DIR"
@@ -179,7 +180,7 @@ def registry_directory() -> Path:
 def private_directory(path: Path) -> Path:
     """Create ``path`` with mode 0700 if it is missing; refuse one that others can write to."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path, 0o700)
     except OSError as error:
         raise SettingsError(f"{path} cannot be used as a directory: {error}. Name another one.") from error
     check_owner(path)

@@ -11,6 +11,8 @@ import json
 import os
 import stat
 import threading
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +129,23 @@ def copy_file(descriptor: int, target: Path) -> None:
         os.fsync(file.fileno())
 
 
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """Make a directory unless it is there, and those above it that are missing; they are on disk on return."""
+    missing = list(takewhile(lambda above: not above.exists(), (path, *path.parents)))
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for made in missing:
+        with suppress(PermissionError):  # one may write to it, and not list it
+            sync_directory(made.parent)
+
+
 def sync_directory(directory: Path) -> None:
-    """Have the names in a directory on disk."""
+    """Have the names in a directory on disk, where its file system can be asked for that."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

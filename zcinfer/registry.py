@@ -24,7 +24,7 @@ from . import config
 from .archive import DESCRIPTION, SKELETON, WEIGHTS, Archive, copy_archive, write_archive
 from .description import is_digest
 from .errors import ArchiveError, ModelNotFound, RemoteUnavailable, SettingsError, StoreError
-from .files import read_whole, sync_directory, write_file
+from .files import make_directory, read_whole, sync_directory, write_file
 from .names import Names, Version, check_name
 from .seals import Seals
 from .shared_directory import SharedDirectory
@@ -102,7 +102,7 @@ class Registry:
         """Write an archive to any new directory, complete or not at all, and remember that we wrote it."""
         if directory.exists():
             raise SettingsError(f"{directory} exists: an archive is written to a new directory")
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(directory.parent)
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as temporary:
             archive = write(Path(temporary) / "archive")
             self.seals.add(archive)
@@ -256,7 +256,9 @@ class Registry:
 
     def _write_base(self, digest: str, base: str, temporary: Path) -> None:
         write_file(temporary / "base", base.encode())
-        os.replace(temporary / "base", self.shared.part("bases") / digest)
+        bases = self.shared.part("bases")
+        os.replace(temporary / "base", bases / digest)
+        sync_directory(bases)
 
     def _is_complete(self, digest: str) -> bool:
         try:

@@ -17,7 +17,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from .deadline import Outcome, join_within
 from .errors import ArchiveError, RemoteUnavailable, ZcinferError
-from .files import create, open_regular, sync_directory
+from .files import create, make_directory, open_regular, sync_directory
 from .places import Place
 
 T = TypeVar("T")
@@ -141,11 +141,8 @@ class RemoteFiles:
     def _make_directory(self, path: str) -> None:
         if self._place.directory is None:
             self._files.makedirs(path, exist_ok=True)
-            return
-        missing = [parent for parent in (Path(path), *Path(path).parents) if not parent.exists()]
-        Path(path).mkdir(parents=True, exist_ok=True)
-        for parent in missing:
-            sync_directory(parent.parent)
+        else:
+            make_directory(Path(path))
 
     def send(self, source: Path, path: str, advance: Callable[[int], object]) -> None:
         """Copy a file from here; ``advance`` is called with numbers of bytes as they are written.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .archive import Archive
 from .errors import UntrustedArchive
+from .files import sync_directory
 from .shared_directory import SharedDirectory
 
 
@@ -25,9 +26,12 @@ class Seals:
         self._directory = directory
 
     def add(self, archive: Archive) -> None:
-        """Remember that this very archive may be opened; no field inside an archive can vouch for it."""
+        """Remember that this very archive may be opened, on disk; no field inside an archive can vouch for it."""
         self._directory.make()
-        (self._directory.part("seals") / archive.seal).touch(mode=0o644)
+        seal = self._directory.part("seals") / archive.seal
+        if not seal.exists():
+            seal.touch(mode=0o644)
+            sync_directory(seal.parent)
 
     def __contains__(self, archive: Archive) -> bool:
         """Whether this user has written that very archive."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .config import check_owner, private_directory
 from .errors import SettingsError, StoreFull
+from .files import make_directory
 from .sizes import format_size
 
 
@@ -40,7 +41,7 @@ class SharedDirectory:
     def part(self, name: str) -> Path:
         """A directory in it, made if it is missing."""
         found = self.path / name
-        found.mkdir(mode=0o755, exist_ok=True)
+        make_directory(found, 0o755)
         return found
 
     def check_owners(self, *parts: Path) -> None:
