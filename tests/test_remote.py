@@ -47,6 +47,7 @@ from zcinfer.parts import split
 from zcinfer.places import shown
 from zcinfer.registry import Registry
 from zcinfer.remote import COPY, Remote
+from zcinfer.shared_directory import SharedDirectory
 from zcinfer.store import FileStore
 
 
@@ -207,6 +208,32 @@ def test_a_copy_is_published_under_a_name(registry: Path, url: str, elsewhere: R
     ref = zc.put(f"{url}/{digest}", "found-again")
     assert (ref.name, ref.version, ref.digest) == ("found-again", 1, digest)
     assert torch.equal(zc.load("found-again").weight, model.weight)
+
+
+def test_a_copy_that_is_put_takes_its_own_size_on_the_disk(
+    registry: Path, url: str, elsewhere: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1000, 1000).eval()
+    ref = zc.put(model, "layer")
+    catalog.connect(f"file:{elsewhere.directory}")
+    found: list[int] = []
+    fsync = os.fsync
+
+    def look(descriptor: int) -> None:
+        fsync(descriptor)
+        found.append(sum(path.stat().st_size for path in elsewhere.directory.rglob("*") if path.is_file()))
+
+    def free(shared: SharedDirectory) -> int:
+        return int(1.5 * ref.nbytes) - sum(p.stat().st_size for p in shared.path.rglob("*") if p.is_file())
+
+    monkeypatch.setattr(os, "fsync", look)
+    monkeypatch.setattr(SharedDirectory, "free", free)
+    zc.put(f"{url}/{ref.digest}", "found-again")
+    assert ref.nbytes < max(found) < 1.2 * ref.nbytes
+    assert torch.equal(zc.load("found-again").weight, model.weight)
+    elsewhere.archive(ref.digest).verify()
+    assert not list(elsewhere.directory.glob(".tmp-*"))
 
 
 # --- who may write there -------------------------------------------------------------------------------------------

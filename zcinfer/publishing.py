@@ -82,8 +82,11 @@ def put(
     if isinstance(model, str) and "://" in model:
         if name is None:
             raise SettingsError(f"{model} is a copy without a name: say under which to publish it (name=, --name)")
-        with registry.copied(model, trust) as directory:
-            return put(directory, name, base=base, trust=trust, progress=progress)
+        check_name(name)
+        with registry.copied(model, trust) as fetched:
+            if fetched in registry.seals:
+                return _publish(fetched.description, name, base, partial(registry.take, fetched, name))
+            return put(_another(fetched), name, base=base, progress=progress)
     if isinstance(model, str | Path):
         path = Path(model)
         if not os.path.isdir(path):  # Path.is_dir raises where a name is too long, or may not be asked for
@@ -92,18 +95,28 @@ def put(
         name = name or path.name
         check_name(name)
         if opened in registry.seals:
-            copied = name
-            return _publish(opened.description, name, base, lambda shared: registry.adopt(opened, copied, shared))
-        # Another's: its digest may say anything, and is found anew.
-        model = join(opened.skeleton(), opened.description, opened.weights())
+            _make_room(opened.description)
+            return _publish(opened.description, name, base, partial(registry.adopt, opened, name))
+        model = _another(opened)
     name = name or type(model).__name__.lower()
     check_name(name)
     # Read for the digest, and written, here and to where copies are kept.
     times = 3 if config.get("remote") else 2
     with bytes_bar(f"put {name}", times * _weight_bytes(model), progress) as advance:
         parts = split(model, advance)
+        _make_room(parts.description)
         add = partial(registry.add, parts, name, advance=advance)
         return _publish(parts.description, name, base, add, advance)
+
+
+def _another(archive: Archive) -> torch.nn.Module:
+    """The model of another user's archive, whose digest may say anything, and is found anew."""
+    return join(archive.skeleton(), archive.description, archive.weights())
+
+
+def _make_room(described: Description) -> None:
+    """Refuse what the disk has no room for before anything is written, so that nothing has to be taken back."""
+    catalog.registry().make_room(described.digest, described.nbytes + described.skeleton_nbytes)
 
 
 def _publish(
@@ -113,11 +126,9 @@ def _publish(
     add: Callable[[str | None], Version],
     advance: Callable[[int], object] = int,
 ) -> ModelRef:
-    registry, store = catalog.registry(), catalog.current()
+    store = catalog.current()
     _warn_of_private(name, described)
     own, shared_with = _shared_with(name, described, base)
-    # Before anything is written, so that nothing has to be taken back.
-    registry.make_room(described.digest, described.nbytes + described.skeleton_nbytes)
     if store is not None:
         if shared_with is not None:
             store.publish(shared_with)  # not there yet, perhaps; then it needs room first

@@ -78,6 +78,15 @@ class Registry:
         """As `add`, with a copy of an archive that lies elsewhere."""
         return self._add(archive.description, lambda place: copy_archive(archive, place), name, base)
 
+    def take(self, fetched: Archive, name: str, base: str | None = None) -> Version:
+        """As `add`, with an archive that `copied` gives, which is moved."""
+
+        def move(place: Path) -> Archive:
+            os.rename(fetched.directory, place)
+            return Archive(place)
+
+        return self._add(fetched.description, move, name, base)
+
     def _add(self, described: Description, write: Callable[[Path], Archive], name: str, base: str | None) -> Version:
         check_name(name)
         with self.shared.told_where(described.nbytes + described.skeleton_nbytes):
@@ -171,9 +180,10 @@ class Registry:
                     self._install(found, digest)
 
     @contextmanager
-    def copied(self, url: str, trust: bool = False) -> Iterator[Path]:
-        """The directory of an archive for a while, fetched from ``URL/<digest>``; it may then be opened, if it is one
-        of this user's.
+    def copied(self, url: str, trust: bool = False) -> Iterator[Archive]:
+        """An archive for a while, fetched from ``URL/<digest>`` and compared.
+
+        Its seal is known if it is one of this user's, and it can then be kept (`take`).
         """
         from .remote import Remote
 
@@ -183,12 +193,13 @@ class Registry:
             copies, target = Remote(place), temporary / "archive"
             with self.shared.told_where():
                 try:
-                    self.seals.add(copies.download(digest, target, self.make_room))
+                    found = copies.download(digest, target, self.make_room)
+                    self.seals.add(found)
                 except (ArchiveError, RemoteUnavailable):  # of another upload, perhaps
                     if not trust:
                         raise
-                    copies.download(digest, target, self.make_room, trust=True)
-            yield target
+                    found = copies.download(digest, target, self.make_room, trust=True)
+            yield found
 
     def base(self, digest: str) -> Archive | None:
         """The archive of the model that this one shares storages with in memory."""
