@@ -6,6 +6,7 @@ import gc
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,7 +36,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import zcinfer as zc
 from zcinfer import catalog, cli, loading, publishing, remote_files
-from zcinfer.archive import DESCRIPTION, SKELETON, WEIGHTS, write_archive
+from zcinfer.archive import DESCRIPTION, SKELETON, VERIFIED, WEIGHTS, write_archive
 from zcinfer.errors import (
     ArchiveError,
     ModelNotFound,
@@ -196,6 +198,77 @@ def test_an_archive_that_was_cut_and_has_no_copy_is_told(registry: Path, tmp_pat
         ):
             Registry(registry).archive(digest)
     assert (registry / "archives" / digest / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, SKELETON])
+def test_an_archive_that_was_altered_is_replaced_from_its_copy(
+    name: str, registry: Path, url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = layer()
+    ref = zc.put(model, "layer")
+    flip(registry / "archives" / ref.digest / name)
+    fetched: list[str] = []
+    download = Remote.download
+
+    def counted(remote: Remote, digest: str, *arguments: Any, **options: Any) -> Any:
+        fetched.append(digest)
+        return download(remote, digest, *arguments, **options)
+
+    monkeypatch.setattr(Remote, "download", counted)
+    with caplog.at_level(logging.WARNING, "zcinfer"), ThreadPoolExecutor(4) as threads:
+        stores = [FileStore(registry) for _ in range(4)]
+        found = list(threads.map(lambda store: bytes(store.fetch(ref.digest).buffer), stores))
+    assert len(set(found)) == 1
+    assert fetched == [ref.digest]
+    assert torch.equal(zc.load(ref).weight, model.weight)
+    assert [f"{name} was altered" in told and f"replaced by its copy at {url}" in told for told in caplog.messages] == [
+        True
+    ]
+    Registry(registry).local(ref.digest).verify()
+    assert not list(registry.glob(".tmp-*"))
+
+
+def test_an_archive_that_was_altered_and_has_no_copy_is_told(registry: Path) -> None:
+    ref = zc.put(layer(), "layer")
+    path = registry / "archives" / ref.digest / WEIGHTS
+    flip(path)
+    with pytest.raises(
+        ArchiveError, match=r"was altered.*No copies are kept \(zcinfer\.remote\): zc\.put\(MODEL, 'layer'\)"
+    ):
+        zc.load(ref)
+    with (
+        dask.config.set({"zcinfer.remote": "memory://nothing-here"}),
+        pytest.raises(ArchiveError, match=r"was altered.*Nor is its copy to be had: no copy of .*put the model again"),
+    ):
+        zc.load(ref)
+    assert path.exists()
+    zc.put(layer(), "layer")  # as it says
+    assert torch.equal(zc.load(ref).weight, layer().weight)
+
+
+def test_what_a_disk_has_altered_in_silence_is_found_by_verify(registry: Path, url: str) -> None:
+    ref = zc.put(layer(), "layer")
+    path = registry / "archives" / ref.digest / WEIGHTS
+
+    def rot() -> None:
+        flip(path)  # which changes the times; a disk does not
+        seal = Registry(registry).local(ref.digest).seal
+        status = path.stat()
+        known = [seal, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        path.with_name(VERIFIED).write_text(json.dumps(known))
+
+    rot()
+    with dask.config.set({"zcinfer.remote": None}):
+        done = CliRunner().invoke(cli.main, ["info", "layer", "--verify"])
+        assert done.exit_code == 1
+        assert "was altered" in done.output
+        with pytest.raises(ArchiveError, match="was altered"):  # by now it is known
+            FileStore(registry).fetch(ref.digest)
+    rot()
+    done = CliRunner().invoke(cli.main, ["info", "layer", "--verify"])
+    assert done.exit_code == 0, done.output
+    assert "contents agree with their digests" in done.output
+    assert torch.equal(zc.load(ref).weight, layer().weight)
 
 
 def test_a_copy_is_published_under_a_name(registry: Path, url: str, elsewhere: Registry) -> None:
@@ -769,6 +842,12 @@ def test_a_store_in_ray_fetches_it_too(tmp_path: Path, shared: Path, elsewhere: 
             fetched = loading.load_ref(replace(ref, store=store.url))
             assert loading.loads[-1].store == "ray"
             assert torch.equal(fetched.weight, model.weight)
+            # The archive that the holder reads was altered: it is replaced for the holder, too.
+            store.forget(ref.digest)
+            flip(elsewhere.directory / "archives" / ref.digest / WEIGHTS)
+            store.publish(ref.digest)
+            assert ref.digest in store.budget().models
+            elsewhere.local(ref.digest).verify()
             # A reader whose store has it no more: its own machine's registry is filled from the copy.
             store.forget(ref.digest)
             del fetched

@@ -158,16 +158,22 @@ class Archive:
         Raises
         ------
         ArchiveError
-            Naming the file, and the storages that differ.
+            Naming the file, and the storages that differ. It is compared anew then by whoever opens it.
         """
-        self.description.check()
-        self.skeleton()
         stamp = self._stamp()
         try:
+            self.description.check()
+            self.skeleton()
             with open(open_regular(self.directory / WEIGHTS), "rb", buffering=0) as file:
                 self._compare(file.fileno())
         except OSError as error:
             raise self._unreadable(error) from error
+        except ArchiveError:
+            self._checked = None
+            if self._ours:
+                with contextlib.suppress(OSError):
+                    (self.directory / VERIFIED).unlink()
+            raise
         if self._ours:
             # In a registry we may only read it is compared again by the next process.
             with contextlib.suppress(OSError):

@@ -24,7 +24,7 @@ import torch
 from . import config, telemetry
 from .description import Bytes
 from .device_sharing import Lease
-from .errors import ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
+from .errors import ArchiveError, ModelNotFound, SettingsError, StoreUnavailable, ZcinferError
 from .parts import first_alone, join
 from .residents import Residents
 from .sharing import spares, written_pages
@@ -122,7 +122,7 @@ def _build(ref: ModelRef, device: torch.device | str | None, share: bool) -> _Lo
         fetched = store.fetch(ref.digest)
     except StoreUnavailable as error:
         fetched, store = _from_archive(ref, error)
-    except ModelNotFound as error:
+    except (ModelNotFound, ArchiveError) as error:
         if not (config.get("remote") and ref.store.startswith("ray:")):
             raise
         fetched, store = _from_archive(ref, error)

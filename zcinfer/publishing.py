@@ -300,7 +300,7 @@ def save(model: torch.nn.Module | ExportedProgram | str | ModelRef, path: str | 
     if isinstance(model, torch.nn.Module | ExportedProgram):
         write = partial(write_archive, split(model))
     else:
-        write = partial(copy_archive, registry.archive(catalog.resolve(model).digest))
+        write = partial(copy_archive, registry.whole(catalog.resolve(model).digest)[0])
     try:
         return registry.save(write, Path(path).expanduser().absolute()).directory
     except OSError as error:

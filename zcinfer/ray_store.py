@@ -35,7 +35,7 @@ from .archive import MARGIN, WEIGHTS
 from .condition import UNAVAILABLE, Condition, Size, of_ray
 from .deadline import join_within
 from .description import Bytes, Description
-from .errors import ModelNotFound, StoreUnavailable, ZcinferError
+from .errors import ArchiveError, ModelNotFound, StoreUnavailable, ZcinferError
 from .holder import KEPT, Holder
 from .registry import Registry
 from .sharing import Plasma, copy_mapped
@@ -204,6 +204,9 @@ class RayStore:
             if not config.get("remote"):
                 raise
             self.registry.archive(digest)  # fetched from its copy; the holder shares this directory, or tells
+            self._publish(digest)
+        except ArchiveError:
+            self.registry.whole(digest)  # replaced by its copy
             self._publish(digest)
 
     def _publish(self, digest: str) -> None:

@@ -12,8 +12,8 @@ Not for memory: nothing here knows Ray, or loads a model.
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +32,9 @@ from .shared_directory import SharedDirectory
 if TYPE_CHECKING:
     from .description import Description
     from .parts import Parts
+
+
+log = logging.getLogger("zcinfer")
 
 
 class Registry:
@@ -135,15 +138,19 @@ class Registry:
         try:
             return self.local(digest)
         except (ModelNotFound, ArchiveError) as missing:
-            if not config.get("remote"):
-                raise
-            try:
-                self._restore(digest)
-            except (ModelNotFound, ArchiveError, StoreError) as error:
-                if isinstance(missing, ModelNotFound):
-                    raise
-                raise ArchiveError(f"{missing} Nor is its copy to be had: {error}") from error
+            self._repair(digest, missing)
         return self.local(digest)
+
+    def whole(self, digest: str) -> tuple[Archive, bytes]:
+        """As `archive`, compared (see `Archive.check`), with its skeleton; one that was altered is replaced as well."""
+        found = self.archive(digest)
+        try:
+            found.check()
+            return found, found.skeleton()
+        except ArchiveError as altered:
+            self._repair(digest, altered)
+        found = self.local(digest)
+        return found, found.skeleton()
 
     def local(self, digest: str) -> Archive:
         """As `archive`, but of this directory alone."""
@@ -160,7 +167,31 @@ class Registry:
             raise ArchiveError(f"{directory} holds another model than its name says. Publish the model again.")
         return archive
 
-    def _restore(self, digest: str) -> None:
+    def _repair(self, digest: str, found: ModelNotFound | ArchiveError) -> None:
+        """Put a copy in the place of an archive that is missing or damaged; or raise what was found of it."""
+        url, is_missing = config.get("remote"), isinstance(found, ModelNotFound)
+        if not url and is_missing:
+            raise found
+        if not url:
+            names = [version.name for version in self.names.versions() if version.digest == digest]
+            raise ArchiveError(
+                f"{found} No copies are kept (zcinfer.remote): zc.put(MODEL, {names[0] if names else 'NAME'!r}), in a "
+                "program that has it or with the archive of a zc.save, puts it in its place."
+            ) from found
+        try:
+            is_new = self._restore(digest)
+        except (ModelNotFound, ArchiveError, StoreError) as error:
+            if isinstance(error, ModelNotFound) and is_missing:
+                raise ModelNotFound(
+                    f"no archive {digest[:12]} in the registry {self.directory}, and {error}"
+                ) from error
+            if is_missing:
+                raise
+            raise ArchiveError(f"{found} Nor is its copy to be had: {error}") from error
+        if is_new and not is_missing:
+            log.warning("%s It was replaced by its copy at %s.", found, url)
+
+    def _restore(self, digest: str) -> bool:
         """Bring an archive here from the URL of copies: once, however many processes ask."""
         from .remote import Remote  # and fsspec, for those who use it
 
@@ -168,16 +199,12 @@ class Registry:
         # By the digest's beginning: other models hardly ever wait, and there are not ever more of these files
         with self.shared.told_where(), self.shared.lock(f".lock-restore-{digest[:2]}"):
             if self._is_complete(digest):
-                return
+                return False
             with self.shared.temporary() as temporary:
-                try:
-                    found = copies.download(digest, temporary / "archive", self.make_room)
-                except ModelNotFound as error:
-                    raise ModelNotFound(
-                        f"no archive {digest[:12]} in the registry {self.directory}, and {error}"
-                    ) from error
+                found = copies.download(digest, temporary / "archive", self.make_room)
                 with self.shared.lock():
                     self._install(found, digest)
+        return True
 
     @contextmanager
     def copied(self, url: str, trust: bool = False) -> Iterator[Archive]:
@@ -250,8 +277,9 @@ class Registry:
         self.seals.add(archive)
         target = self._archive_directory(digest)
         if not self._is_complete(digest):
-            shutil.rmtree(target, ignore_errors=True)
             self.shared.part("archives")
+            if os.path.lexists(target):  # who has it mapped keeps it
+                os.rename(target, archive.directory.with_name("damaged"))
             os.rename(archive.directory, target)
             sync_directory(target.parent)
 

@@ -245,10 +245,10 @@ class FileStore:
 
     def _open(self, digest: str) -> _Opened:
         self._read.pop(digest, None)
-        archive = self.registry.archive(digest)
+        archive, skeleton = self.registry.whole(digest)
         base = self.registry.base(digest)
         description = archive.description.over(base.description, own=False) if base else archive.description
-        opened = self._read[digest] = _Opened(archive, base, description, archive.skeleton())
+        opened = self._read[digest] = _Opened(archive, base, description, skeleton)
         while len(self._read) > _READ:
             self._read.popitem(last=False)
         return opened
