@@ -718,6 +718,22 @@ def test_a_url_that_does_not_answer_is_told(elsewhere: Registry) -> None:
 
 
 @pytest.mark.parametrize(
+    "ask", [zc.models, lambda: zc.connect("file:s3://bucket/models"), lambda: zc.put(layer(), "layer")]
+)
+def test_a_registry_at_a_url_is_refused_and_told_where_copies_go(
+    ask: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    catalog.disconnect()
+    with (
+        dask.config.set({"zcinfer.registry": "s3://bucket/models", "zcinfer.store": "file"}),
+        pytest.raises(SettingsError, match=r"is 's3://bucket/models', but only directories.*set zcinfer\.remote"),
+    ):
+        ask()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "url", ["s3://bucket/models?endpoint_url=x", "memory://models#2", "sftp://me:secret@host/m?x=1"]
 )
 def test_a_url_with_options_in_it_is_refused(url: str) -> None:

@@ -80,7 +80,7 @@ def connect(store: str | None = None) -> Store:
         if kind == "ray" and "?" in rest:
             chosen: Store = open_store(store)  # a URL, as another program printed it
         elif kind == "file":
-            directory = config.local_directory(rest, "the store's directory") if rest else config.registry_directory()
+            directory = config.registry_at(rest, "the store's directory") if rest else config.registry_directory()
             chosen = FileStore(directory)
         elif kind == "ray":
             if not rest and _current is not None and _current.url.startswith("ray:"):

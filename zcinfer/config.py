@@ -153,8 +153,8 @@ def settings() -> dict[str, Any]:
     return dict(_dask_config.get("zcinfer"))
 
 
-def local_directory(text: str, what: str) -> Path:
-    """Absolute path of a directory given as a path or a ``file://`` URL; other URLs are refused."""
+def local_directory(text: str, what: str, otherwise: str = "give a path") -> Path:
+    """Absolute path of a directory given as a path or a ``file://`` URL; others are refused, with what to do then."""
     try:
         url = urlsplit(text)
         path = Path(url.path if url.scheme == "file" else text).expanduser().absolute()
@@ -162,17 +162,34 @@ def local_directory(text: str, what: str) -> Path:
         raise SettingsError(f"{what} is {text!r}: {error}") from error
     if url.scheme and url.scheme != "file" and "://" in text:
         raise SettingsError(
-            f"{what} is {text!r}, but only directories (of this machine, or mounted on all machines) can be used so "
-            "far: give a path."
+            f"{what} is {text!r}, but only directories (of this machine, or mounted on all machines) can be used: "
+            f"{otherwise}."
         )
     return path
+
+
+def registry_at(text: str, what: str) -> Path:
+    """A registry's directory, given as `local_directory`; at URLs of other kinds are copies of its archives alone.
+
+    Examples
+    --------
+    >>> registry_at("file:///shared/models", "zcinfer.registry")
+    PosixPath('/shared/models')
+    """
+    return local_directory(
+        text,
+        what,
+        "names and versions need locks and renames, which object stores have not. Give the path of a directory, and "
+        "set zcinfer.remote (DASK_ZCINFER__REMOTE) to the URL, where put then keeps a copy of each archive for all "
+        "machines",
+    )
 
 
 def registry_directory() -> Path:
     """Directory that holds archives and names: setting ``zcinfer.registry``, else the XDG data directory."""
     configured = get("registry")
     if configured is not None:
-        return local_directory(str(configured), "zcinfer.registry")
+        return registry_at(str(configured), "zcinfer.registry")
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(data).expanduser() / "zcinfer"
 
