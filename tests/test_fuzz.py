@@ -543,7 +543,9 @@ def test_bases_that_lead_in_a_circle_are_no_bases(chain: str, bench: Bench, tmp_
     for one, other in (chain, chain[::-1]):
         (registry.directory / "bases" / places[one]).write_text(places[other])
     assert registry.base(places["a"]) is None
-    holder = Holder(1 << 30, lambda array: array.copy(), lambda array: array, lambda arrays, **_: {})
+    holder = Holder(
+        1 << 30, lambda array: array.copy(), lambda array: array, lambda arrays, **_: {}, lambda places: set()
+    )
     assert len(holder.fetch(places["a"], str(registry.directory))[1]) == 1
 
 

@@ -47,7 +47,8 @@ def put(model: str, name: str | None, base: str | None, trust: bool, as_json: bo
 def ls(store: str | None, as_json: bool) -> None:
     """List the published models, and how full the registry's disk and a store are.
 
-    With --store a model is "in use" where a process of this machine has it mapped, and "held" where nobody has.
+    With --store a model is "in use" where a process of this machine has it mapped, or another machine has a copy, and
+    else "held".
     """
     from . import catalog
     from .model_table import in_words

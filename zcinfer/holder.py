@@ -7,7 +7,7 @@ also what gives it Ray's put and get.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from socket import gethostname
 from time import monotonic, sleep
 from typing import Any, NamedTuple, NoReturn
@@ -53,6 +53,8 @@ class Holder:
         Bytes of the store.
     put, get, places : callable
         Ray's; the last tells which machines have an object.
+    mapped_elsewhere : callable
+        Gives, of objects and the machines that have them, those that readers of other machines than this have mapped.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Holder:
         put: Callable[[Bytes], Any],
         get: Callable[..., Bytes],
         places: Callable[..., dict[Any, Any]],
+        mapped_elsewhere: Callable[[Mapping[Any, Sequence[str]]], set[Any]],
     ):
         self._capacity = capacity
         self._put = put
         self._get = get
         self._places = places
+        self._mapped_elsewhere = mapped_elsewhere
         self._objects: dict[str, _Held] = {}  # those used last come last
         self._evicted = 0
         self._forgotten: list[tuple[float, int]] = []
@@ -128,22 +132,38 @@ class Holder:
         return self._capacity, sum(held.values()), held
 
     def in_use(self) -> set[str]:
-        """Digests of the models that must not go.
-
-        They are mapped by readers of this machine, have copies on others (whose readers cannot be seen from here), or
-        are the base of one that is held.
+        """Digests of the models that are mapped by readers of this machine, are the base of one that is held, or have
+        copies on other machines, whose readers are asked for when room is needed (`_used`).
         """
+        here, copied = self._uses()
+        return here | copied.keys()
+
+    def _used(self) -> set[str]:
+        """Digests of the models that must not go: readers have them mapped, on this machine or another, or a base."""
+        here, copied = self._uses()
+        mapped = self._mapped_elsewhere(dict(copied.values())) if copied else set()
+        return here | {digest for digest, (reference, _) in copied.items() if reference in mapped}
+
+    def _uses(self) -> tuple[set[str], dict[str, tuple[Any, list[str]]]]:
+        """Digests of bases and of what is mapped on this machine; of the others with copies, objects and machines."""
         places = self._places(
             [held.references[0] for held in self._objects.values()], timeout_ms=int(1000 * _ANSWERED_WITHIN)
         )
         bases = {reference for held in self._objects.values() for reference in held.references[1:]}
-        spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        found = set()
-        for digest, held in self._objects.items():
-            nodes = places.get(held.references[0], {}).get("node_ids", ())
-            if held.references[0] in bases or len(nodes) > 1 or (nodes and self._is_mapped(held.references[0], spans)):
-                found.add(digest)
-        return found
+        machines = {
+            digest: list(places.get(held.references[0], {}).get("node_ids", ()))
+            for digest, held in self._objects.items()
+        }
+        in_memory = [digest for digest, nodes in machines.items() if nodes]
+        mapped = are_mapped([self._objects[digest].references[0] for digest in in_memory], self._get)
+        here = {digest for digest, is_mapped in zip(in_memory, mapped, strict=True) if is_mapped}
+        here |= {digest for digest, held in self._objects.items() if held.references[0] in bases}
+        copied = {
+            digest: (self._objects[digest].references[0], nodes)
+            for digest, nodes in machines.items()
+            if len(nodes) > 1 and digest not in here
+        }
+        return here, copied
 
     def evicted(self) -> int:
         """Number of models that have gone to make room for others."""
@@ -176,7 +196,7 @@ class Holder:
         if nbytes <= 0:
             return []
         sleep(max([0.0, *(held.used + _MAPPED_WITHIN - monotonic() for held in self._objects.values())]))
-        used = self.in_use()
+        used = self._used()
         gone: list[str] = []
         for digest, held in self._objects.items():
             if digest not in used and held.references[0] not in keep:
@@ -191,18 +211,6 @@ class Holder:
         self._evicted += len(gone)
         return gone
 
-    def _is_mapped(self, reference: Any, spans: dict[tuple[int, int], list[tuple[int, int]]]) -> bool:
-        try:
-            found = Plasma(self._get(reference, timeout=_ANSWERED_WITHIN))
-        except Exception:  # spilled or lost meanwhile: not in memory, and so in nobody's
-            return False
-        if found.file is None:
-            return True
-        if found.file not in spans:
-            spans[found.file] = mapped_spans(*found.file)
-        # The page in front belongs to it alone; what is mapped of an object before it ends there.
-        return is_mapped(found.start + MARGIN, spans[found.file])
-
     def _forget_deleted(self) -> None:
         # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
         registries = {held.registry for held in self._objects.values()}
@@ -213,7 +221,7 @@ class Holder:
 
     def _refuse(self, nbytes: int, registry: str, why: str, evict: bool) -> NoReturn:
         names = {version.digest: str(version) for version in Registry(registry).names.versions()}
-        held, used = self.usage()[2], self.in_use()
+        held, used = self.usage()[2], self._used() if evict else self.in_use()
         listed = ", ".join(
             f"{names.get(digest, digest[:12])} ({format_size(size)}{', in use' if digest in used else ''})"
             for digest, size in held.items()
@@ -224,6 +232,25 @@ class Holder:
             f"Delete what is not needed (zcinfer rm NAME), {eviction}or give Ray more memory "
             "(DASK_ZCINFER__RAY__OBJECT_STORE_MEMORY, or ray start --object-store-memory), or use the store 'file'."
         )
+
+
+def are_mapped(references: Sequence[Any], get: Callable[..., Bytes]) -> list[bool]:
+    """Which objects, of those in this machine's memory, its readers have mapped."""
+    spans: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    return [_is_mapped(reference, get, spans) for reference in references]
+
+
+def _is_mapped(reference: Any, get: Callable[..., Bytes], spans: dict[tuple[int, int], list[tuple[int, int]]]) -> bool:
+    try:
+        found = Plasma(get(reference, timeout=_ANSWERED_WITHIN))
+    except Exception:  # spilled or lost meanwhile: not in memory, and so in nobody's
+        return False
+    if found.file is None:
+        return True
+    if found.file not in spans:
+        spans[found.file] = mapped_spans(*found.file)
+    # The page in front belongs to it alone; what is mapped of an object before it ends there.
+    return is_mapped(found.start + MARGIN, spans[found.file])
 
 
 def _archive(digest: str, registry: str) -> Archive:

@@ -29,6 +29,7 @@ import ray.experimental
 from ray._private.internal_api import node_stats
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import config, keeper, own_ray
 from .archive import MARGIN, WEIGHTS
@@ -36,7 +37,7 @@ from .condition import UNAVAILABLE, Condition, Size, of_ray
 from .deadline import join_within
 from .description import Bytes, Description
 from .errors import ArchiveError, ModelNotFound, StoreUnavailable, ZcinferError
-from .holder import KEPT, Holder
+from .holder import KEPT, Holder, are_mapped
 from .registry import Registry
 from .sharing import Plasma, copy_mapped
 from .sizes import format_size
@@ -53,6 +54,8 @@ NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
 SLOWEST_DISK, SLOWEST_NETWORK = 50e6, 10e6
 # Seconds that it may take to look how a store is
 _LOOKING = 3
+# Seconds in which other machines tell what their readers have mapped; a process must start there first
+_ASKING = 5
 # In the environment for a Ray that asks for our token
 TOKEN = "RAY_AUTH_TOKEN_PATH"
 
@@ -185,7 +188,8 @@ class RayStore:
         self._offers = {}  # who only publishes holds no models
         directory, evict = str(self.registry.directory), bool(config.get("store-eviction"))
         gone = self._within(
-            self._timeout, lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory, evict))
+            self._timeout + evict * _ASKING,
+            lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory, evict)),
         )
         if gone:
             names = {version.digest: str(version) for version in self.registry.names.versions()}
@@ -373,14 +377,15 @@ class RayStore:
 
     def _patience(self, digest: str) -> float:
         """Seconds to wait for a model: the holder may have to read it from a slow disk, the network to carry it."""
+        patience = self._timeout + bool(config.get("store-eviction")) * _ASKING
         try:
             nbytes = os.stat(self.registry.directory / "archives" / digest / WEIGHTS).st_size
         except OSError:
             # Another machine has the archive. All nodes may ask that one at a time, and there is no other way.
             directory = str(self.registry.directory)
             nbytes = int(self._within(self._timeout, lambda: ray.get(self._holder.size.remote(digest, directory))))
-            return self._timeout + nbytes / SLOWEST_NETWORK
-        return self._timeout + nbytes / SLOWEST_DISK
+            return patience + nbytes / SLOWEST_NETWORK
+        return patience + nbytes / SLOWEST_DISK
 
     def _within(self, seconds: float, function: Callable[[], T]) -> T:
         self._check_raylet()
@@ -620,7 +625,7 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
             # Where the archives are, of a cluster whose machines have no directory in common.
             resources={"node:__internal_head__": 0.001} if ours else {},
         )
-        .remote(capacity, ray.put, ray.get, ray.experimental.get_object_locations)
+        .remote(capacity, ray.put, ray.get, ray.experimental.get_object_locations, mapped_elsewhere)
     )
     # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
     # that the first load takes what later ones take.
@@ -628,6 +633,37 @@ def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any
     page = Plasma(ray.get(reference))
     page.map(0, 1)
     return holder, page.raylet(), {digest: (_read(head), refs) for digest, (head, refs) in offers.items()}
+
+
+def mapped_elsewhere(places: Mapping[Any, Sequence[str]]) -> set[Any]:
+    """Of objects and the nodes that have them, those that readers of other nodes than this one have mapped.
+
+    For the holder. A task on each of these nodes looks; what is there of a node that does not answer counts as mapped.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    asked: dict[str, list[Any]] = {}
+    for reference, found in places.items():
+        for node in found:
+            if node != here:
+                asked.setdefault(node, []).append(reference)
+    look = ray.remote(num_cpus=0, max_retries=0, enable_task_events=False)(_mapped_here)
+    calls = {}
+    for node, references in asked.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        calls[look.options(scheduling_strategy=there).remote(references)] = references
+    answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_ASKING) if calls else ([], [])
+    mapped: set[Any] = set()
+    for call, references in calls.items():
+        answer = [True] * len(references)
+        if call in answered:
+            with contextlib.suppress(ray.exceptions.RayError):  # a node that was lost may still run
+                answer = ray.get(call)
+        mapped.update(reference for reference, is_mapped in zip(references, answer, strict=True) if is_mapped)
+    return mapped
+
+
+def _mapped_here(references: Sequence[Any]) -> list[bool]:
+    return are_mapped(references, ray.get)
 
 
 def _look(address: str, holder: Any) -> tuple[dict[str, Size], dict[str, Any] | None]:

@@ -115,7 +115,8 @@ class Budget:
     models : dict of str to int
         What it holds of each model, by digest; those used longest ago come first.
     in_use : frozenset of str
-        Digests of those that do not go to make room for others.
+        Digests of those that do not go to make room for others; also of those that other machines have copies of,
+        which are asked whether they use them only when room is needed.
     on_disk : int
         Of what memory had no room for, and lies in files now.
     spilled : int
