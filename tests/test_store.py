@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,7 @@ def test_a_killed_holder_is_replaced_and_puts_again(ray_store: Any) -> None:
     # From another process, which has nothing mapped yet.
     script = """
 import sys
+import threading
 from zcinfer.loading import load_ref, loads
 from zcinfer.store import ModelRef
 m = load_ref(ModelRef("held", 1, sys.argv[1], 0, sys.argv[2]))
@@ -216,6 +218,29 @@ def test_deleting_frees_the_shared_memory(ray_store: Any) -> None:
     catalog.delete("gone")
     assert ray_store.usage()[1] <= used - 36e6
     wait_until(lambda: "gone" not in set(catalog.models()["name"]))
+
+
+@pytest.mark.ray
+def test_a_ray_that_was_slow_once_is_asked_again_soon(ray_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zcinfer.ray_store._RESPITE", 0.2)
+    late = threading.Event()
+
+    def respite() -> float:
+        """Seconds for which nothing is asked after a call that was too slow."""
+        with pytest.raises(StoreUnavailable, match="has not answered within"):
+            ray_store._within(0.01, late.wait)
+        begin = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"is asked again in \d s"):
+            ray_store._within(1, int)
+        wait_until(lambda: time.monotonic() > ray_store._retry_at)
+        return time.monotonic() - begin
+
+    try:
+        assert [respite() > least for least in (0.15, 0.35, 0.7)] == [True, True, True]
+        assert ray_store._within(5, lambda: "answered") == "answered"
+        assert 0.15 < respite() < 0.35
+    finally:
+        late.set()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:port", "no-such-host.invalid:6379"])
@@ -307,6 +332,7 @@ print(float(back[0].weight.detach().double().sum()) == total, second(torch.ones(
 def test_a_process_connects_again_to_where_it_is(ray_store: Store) -> None:
     script = """
 import sys
+import threading
 from zcinfer import catalog
 for _ in range(3):
     catalog.connect("ray:" + sys.argv[1])

@@ -54,6 +54,8 @@ NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
 SLOWEST_DISK, SLOWEST_NETWORK = 50e6, 10e6
 # Seconds that it may take to look how a store is
 _LOOKING = 3
+# Seconds after a call without an answer in which no other is made; twice as long after each further one, up to PATIENCE
+_RESPITE = 4.0
 # Seconds in which other machines tell what their readers have mapped; a process must start there first
 _ASKING = 5
 # In the environment for a Ray that asks for our token
@@ -92,6 +94,7 @@ class RayStore:
         self._timeout = float(config.get("ray.timeout"))
         self._lost = threading.Event()
         self._retry_at = self._look_at = 0.0
+        self._silences = 0  # calls without an answer since the last one that had one
         self._why = ""
         self._raylet: int | None = None
         self._told_on_disk: set[str] = set()
@@ -391,16 +394,21 @@ class RayStore:
         self._check_raylet()
         if self._lost.is_set():
             raise StoreUnavailable(f"Ray at {self.address} has died. Start another with zc.connect().")
-        if monotonic() < self._retry_at:
-            raise StoreUnavailable(f"Ray at {self.address} did not answer a moment ago, and is given a minute.")
+        if (left := self._retry_at - monotonic()) > 0:
+            raise StoreUnavailable(
+                f"Ray at {self.address} did not answer a moment ago, and is asked again in {left:.0f} s."
+            )
         outcome = join_within(seconds, function)
         if outcome is None:
-            # Slow is not dead: what hangs is left to hang, and the next one to ask need not wait as long.
-            self._retry_at = monotonic() + PATIENCE
+            # Slow is not dead: what hangs is left to hang, and the next one to ask need not wait as long. A machine
+            # that has too much to do answers soon; one that is gone is asked less and less.
+            self._retry_at = monotonic() + min(PATIENCE, _RESPITE * 2**self._silences)
+            self._silences = min(self._silences + 1, 10)
             raise StoreUnavailable(
                 f"Ray at {self.address} has not answered within {max(seconds, 0):.0f} s: {_why_silent(self.address)}. "
                 "Mend that and call zc.connect() again, or use the store 'file'."
             )
+        self._silences = 0
         result, error = outcome
         if error is None:
             return result  # type: ignore[no-any-return]
