@@ -28,7 +28,7 @@ from harness import docs_table, with_what
 from zcinfer.benchmarks.hosts import Command, commands, network, why_not
 
 FIRST = 120.0  # seconds of work before the first sample
-REST = 5.0  # seconds in which what is kept for a while is let go of
+REST = 8.0  # seconds in which what is kept for a while is let go of, freed memory last
 GROWTH = 0.05
 # Less is no growth: an allocator's page here, a timer's thread there
 LEAST = {"anonymous": 2_000_000, "descriptors": 2, "threads": 2}
