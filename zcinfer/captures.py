@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -27,6 +28,11 @@ _capturing = threading.Lock()
 # Calls of which a graph could not be captured, in this process; a capture that has failed is not tried again, since it
 # may have left behind anything
 _failed: set[str] = set()
+# Graphs whose capture CUDA has cut short: torch's allocator of pinned memory goes on asking them
+_cut_short: list[torch.cuda.CUDAGraph] = []
+# One a device. With a priority, as no other stream here has: torch hands out 32 streams of a kind and then the same
+# ones again, and what another thread asks of the stream of a capture would become part of it, and not be done
+_asides: dict[torch.device, torch.cuda.Stream] = {}
 
 Outputs = tuple[torch.Tensor, ...]
 # Gives what computes the outputs anew from what then lies in the inputs
@@ -105,17 +111,31 @@ class Captured:
 def capture_cuda(
     function: Function, inputs: Sequence[torch.Tensor], names: tuple[str, ...]
 ) -> tuple[Callable[[], object], Outputs]:
-    """Capture a graph on a stream of its own."""
+    """Capture a graph on a stream of its own. For one thread at a time."""
     device = inputs[0].device
     with torch.cuda.device(device):
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        here = torch.cuda.current_stream()
+        if device not in _asides:
+            _asides[device] = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+        aside = _asides[device]
         aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(_WARM):
-                function(inputs, names)
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads ask of the device meanwhile is no error.
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            outputs = function(inputs, names)
+        try:
+            with torch.cuda.stream(aside):
+                for _ in range(_WARM):
+                    function(inputs, names)
+        finally:
+            here.wait_stream(aside)  # it may be at the inputs, which go when this has failed
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # "thread_local": what other threads ask of the device meanwhile is no error.
+            with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                outputs = function(inputs, names)
+        except BaseException:
+            torch.cuda.set_stream(here)  # torch leaves this thread with the other one, where the capture was cut short
+            with suppress(RuntimeError):  # else it was ended, and the graph gives its memory back itself
+                # Without it no memory is given back in this process any more, and no graph captured
+                torch._C._cuda_endAllocateToPool(device.index, pool)
+                torch._C._cuda_releasePool(device.index, pool)
+                _cut_short.append(graph)
+            raise
     return graph.replay, outputs

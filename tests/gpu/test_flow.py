@@ -157,6 +157,27 @@ def test_a_model_that_cannot_be_captured_runs_eagerly(caplog: pytest.LogCaptureF
     assert "of mlp@1" not in caplog.text
 
 
+def test_after_a_capture_that_was_cut_short_all_goes_on() -> None:
+    inputs, elsewhere = [torch.ones(4, device="cuda")], torch.cuda.Stream()
+    with torch.cuda.stream(elsewhere), torch.inference_mode():
+        with pytest.raises(RuntimeError):
+            captures.capture_cuda(lambda tensors, _: (tensors[0] * tensors[0].sum().item(),), inputs, ())
+        assert torch.cuda.current_stream() == elsewhere
+        torch.cuda.empty_cache()  # an internal error of torch, where its allocator takes the capture for under way
+        replay, (doubled,) = captures.capture_cuda(lambda tensors, _: (tensors[0] * 2,), inputs, ())
+        inputs[0].fill_(3)
+        replay()
+        assert doubled.tolist() == [6] * 4
+
+
+def test_no_other_stream_is_that_of_a_capture() -> None:
+    inputs = [torch.ones(4, device="cuda")]
+    captures.capture_cuda(lambda tensors, _: (tensors[0] * 2,), inputs, ())
+    others = [torch.cuda.Stream() for _ in range(100)]  # more than torch has
+    assert len(set(others)) < len(others)
+    assert captures._asides[inputs[0].device] not in others
+
+
 def test_graphs_are_captured_while_other_threads_compute() -> None:
     zc.put(mlp(), "mlp")
     x = normal(20_000, 64)
@@ -288,6 +309,8 @@ def test_a_chunk_for_which_there_is_no_memory(
     assert "It is done again, batch by batch" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # torch's advice, where a card has them
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its own modules
 def test_compiled_code_computes_the_same() -> None:
     from zcinfer import engines
 
