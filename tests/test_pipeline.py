@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -305,6 +307,19 @@ def test_a_batch_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -
     ]
 
 
+def test_halves_get_the_rows_and_not_what_the_model_wrote_to_them() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.mul_(2)
+            if type(x) is torch.Tensor and len(x) > 4:
+                raise torch.OutOfMemoryError("out of memory")
+            return y + 1
+
+    zc.put(Writes().eval(), "writes")
+    x = normal(61, 3)
+    assert np.array_equal(zc.predict("writes", x, batch_size=16), x * 2 + 1)
+
+
 def test_a_row_that_does_not_fit_is_told() -> None:
     x = failing(torch.OutOfMemoryError("too large"))
     with pytest.raises(BlockError, match=r"rows 40–44, of failing@1: .*one row \(8 B\) does not fit into the memory"):
@@ -389,6 +404,34 @@ def test_lanes_are_made_once_and_not_used_after_a_failure() -> None:
     assert lanes.lanes._free[device] == []
     zc.predict("mlp", normal(50, 8), batch_size=5)
     assert lanes.lanes._free[device] != [lane]
+
+
+def test_the_memory_of_a_block_that_is_done_again_is_given_back_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    zc.put(mlp(), "mlp")
+    made: list[weakref.ref[lanes.Slot]] = []
+    make = lanes.Slot.__init__
+
+    def noted(self: Any, device: torch.device) -> None:
+        made.append(weakref.ref(self))
+        make(self, device)
+
+    def struck(self: Any, *arguments: Any) -> None:
+        raise late(1)
+
+    monkeypatch.setattr(lanes.Slot, "__init__", noted)
+    monkeypatch.setattr(pipeline.Pipeline, "_take", struck)
+    gc.disable()  # memory of a device does not have Python look for circles
+    try:
+        zc.predict("mlp", normal(500, 8), batch_size=5)
+        assert [slot() for slot in made] == [None] * lanes.SLOTS
+    finally:
+        gc.enable()
+
+
+def test_also_no_bytes_are_on_the_device() -> None:
+    buffer = lanes.Buffer(torch.device("meta"))
+    buffer.reserve(0)
+    assert buffer.there.device.type == "meta"
 
 
 def test_time_and_batches_are_counted() -> None:

@@ -37,7 +37,7 @@ class Buffer:
 
     def reserve(self, nbytes: int) -> None:
         """Have room for that many bytes. What was there is lost."""
-        if nbytes <= len(self.host):
+        if max(1, nbytes) <= len(self.host):  # also none of them are to be the device's
             return
         self.host = self.there = torch.empty(0, dtype=torch.uint8)  # given back first: both together may be too much
         size = max(1 << 16, 1 << (nbytes - 1).bit_length())  # as torch rounds pinned memory anyway
@@ -54,6 +54,10 @@ class Buffer:
         memory = self.there if there else self.host
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         return memory[offset : offset + nbytes].view(dtype).view(shape)
+
+    def twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What lies here where a tensor of `at` lies on the device."""
+        return self.at(int(tensor.storage_offset()) * tensor.itemsize, tuple(tensor.shape), tensor.dtype, there=False)
 
 
 class Slot:

@@ -136,7 +136,10 @@ class Pipeline:
                 told = _told_of(lane, error)
                 if told is error:
                     raise
-                raise told from error
+                try:
+                    raise told from error
+                finally:
+                    del told  # which would keep itself, and the lane's memory, until Python looks for such circles
             except BaseException:
                 _what_came_later(lane)
                 raise
@@ -241,7 +244,7 @@ class Pipeline:
                     for number, (batch, places) in enumerate(batches):
                         self._clock.batches += 1
                         try:
-                            self._in_halves(batch, piece.names, places, piece.trimmed)
+                            self._in_halves(slot, batch, piece.names, places, piece.trimmed)
                         except Exception as error:
                             start = number * batch_rows
                             raise BatchFailed(piece.part(start, start + len(batch[0])), error) from error
@@ -256,6 +259,7 @@ class Pipeline:
 
     def _in_halves(
         self,
+        slot: Slot,
         batch: Sequence[torch.Tensor],
         names: tuple[str, ...],
         places: Sequence[torch.Tensor],
@@ -276,9 +280,11 @@ class Pipeline:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             self._told(rows)
+            for tensor in batch:  # the model may have written to them
+                tensor.copy_(slot.rows.twin(tensor), non_blocking=True)
         half = (rows + 1) // 2
         for part in (slice(half), slice(half, rows)):
-            self._in_halves([t[part] for t in batch], names, [place[part] for place in places], trimmed)
+            self._in_halves(slot, [t[part] for t in batch], names, [place[part] for place in places], trimmed)
 
     def _return(self, lane: Lane, slot: Slot, pieces: Sequence[Piece]) -> None:
         """Ask for the copy of the results of a chunk to the host."""
