@@ -266,6 +266,13 @@ def test_an_owner_without_a_card_says_so(make: Make, monkeypatch: pytest.MonkeyP
         card.lease("a", 4096)
 
 
+def test_owners_that_end_at_once_are_not_started_for_ever(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_sharing, "_OWNER", "")
+    monkeypatch.setattr(device_sharing, "PATIENCE", 0.5)
+    with pytest.raises(StoreUnavailable, match="does not answer"):
+        make().lease("a", 4096)
+
+
 def test_an_owner_that_does_not_answer_is_not_asked_again_soon(
     make: Make, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

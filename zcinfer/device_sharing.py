@@ -186,6 +186,8 @@ class Card:
             line = _Line.to(path, deadline)
             if line is not None:
                 return line
+            if time.monotonic() > deadline:  # also where each that is started ends at once
+                raise StoreUnavailable(f"who owns the shared memory of {self._driver.uuid} does not answer")
             descriptor = os.open(self._directory / f"{self._name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if try_lock(descriptor):
@@ -193,10 +195,7 @@ class Card:
                     continue
             finally:
                 os.close(descriptor)  # the owner has it, too
-            # It is about to listen, or to end
-            if time.monotonic() > deadline:
-                raise StoreUnavailable(f"who owns the shared memory of {self._driver.uuid} does not answer")
-            time.sleep(0.01)
+            time.sleep(0.01)  # it is about to listen, or to end
 
     def _start(self, path: Path, lock: int) -> None:
         path.unlink(missing_ok=True)  # of one that was killed
