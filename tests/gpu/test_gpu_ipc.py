@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from time import monotonic, sleep
 
-import dask
 import pytest
 import torch
-from test_shared_weights import kill
 from test_upload import assert_alike, fetch, joined
 from torch import nn
 
-from zcinfer import device_sharing, loading, upload
+from zcinfer import config, device_sharing, loading, upload
 from zcinfer.errors import DeviceLost
 from zcinfer.publishing import put
 
@@ -27,19 +30,18 @@ pytestmark = [
 # Prints what it has of the card, how long the load took, and an output
 JOB = """
 import json, sys
-import dask, torch
+import torch
 from zcinfer import loading
 from zcinfer.store import ModelRef
 small, big = (ModelRef(*each) for each in json.loads(sys.argv[1]))
-with dask.config.set({"zcinfer.gpu.share": True}):
-    with loading.residents.lend(small, "cuda", "refuse"):
-        pass  # context, pinned memory and connection are once a process
+with loading.residents.lend(small, "cuda", "refuse"):
+    pass  # context, pinned memory and connection are once a process
+torch.cuda.synchronize()
+before, _ = torch.cuda.mem_get_info()
+with loading.residents.lend(big, "cuda", "refuse") as model, torch.inference_mode():
     torch.cuda.synchronize()
-    before, _ = torch.cuda.mem_get_info()
-    with loading.residents.lend(big, "cuda", "refuse") as model, torch.inference_mode():
-        torch.cuda.synchronize()
-        after, _ = torch.cuda.mem_get_info()
-        out = model(torch.ones(1, 4096, device="cuda")).double().sum().item()
+    after, _ = torch.cuda.mem_get_info()
+    out = model(torch.ones(1, 4096, device="cuda")).double().sum().item()
 load = loading.loads[-1]
 print(json.dumps({"took": before - after, "seconds": load.load_seconds, "phases": load.seconds, "out": out}))
 """
@@ -51,15 +53,19 @@ def wide(width: int, seed: int) -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def _shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    directory = tempfile.TemporaryDirectory(prefix="zc-")  # a socket's path must be short
+    monkeypatch.setenv("XDG_RUNTIME_DIR", directory.name)
+    monkeypatch.setenv("DASK_ZCINFER__GPU__SHARE", "true")  # for other processes
+    asked = config.get
+    monkeypatch.setattr(config, "get", lambda key: key == "gpu.share" or asked(key))
     upload._told.clear()
-    with dask.config.set({"zcinfer.gpu.share": True}):
+    with directory:
         yield
-    loading.residents.clear()
-    for card in device_sharing._cards.values():
-        card.close()
-    device_sharing._cards.clear()
+        loading.residents.clear()
+        for card in device_sharing._cards.values():
+            card.close()
+        device_sharing._cards.clear()
 
 
 def test_a_second_job_takes_five_milliseconds_and_no_memory(registry: Path) -> None:
@@ -79,6 +85,15 @@ def test_a_second_job_takes_five_milliseconds_and_no_memory(registry: Path) -> N
     assert found["took"] < 0.01 * big.nbytes + 2 * (2 << 20)
     assert found["seconds"] < 0.005
     assert ours.leases[0].trouble() == ""
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    deadline = monotonic() + 20
+    with suppress(OSError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert monotonic() < deadline
+            sleep(0.01)
 
 
 def test_an_owner_that_is_killed_is_replaced(registry: Path) -> None:
