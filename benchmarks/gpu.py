@@ -96,14 +96,17 @@ def measure_on(device: str, scale: Scale, options: Options) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="zcinfer-bench-") as folder:
         directory = Path(folder)
         _prepare(directory, max(scale.rows))
-        with Processes(max(*scale.jobs, 2), device, directory) as processes:
+        with (
+            Processes(max(scale.jobs), device, directory) as processes,
+            Processes(2, device, directory, DASK_ZCINFER__GPU__SHARE="true") as sharing,
+        ):
             say("limits")
             sizes = {"copied": scale.copied, "side": scale.side, "launches": scale.launches}
             (results["limits"],) = processes.ask([0], "part", part="limits", **sizes)
             if options.wants("MLP"):
                 results |= _mlp(processes, scale)
             for name in filter(options.wants, MODELS):
-                _model(processes, scale, name, results)
+                _model(processes, sharing, scale, name, results)
             if options.wants("strain"):
                 say("windows of strain")
                 asked = {"seconds": scale.strain, "rounds": scale.rounds}
@@ -150,12 +153,12 @@ def _mlp(processes: Processes, scale: Scale) -> dict[str, Any]:
     return found
 
 
-def _model(processes: Processes, scale: Scale, name: str, results: dict[str, Any]) -> None:
+def _model(processes: Processes, sharing: Processes, scale: Scale, name: str, results: dict[str, Any]) -> None:
     say(f"{name}: loads")
     (nbytes,) = processes.ask([0], "part", part="publish", name=name, small=scale.small)
     (loads,) = processes.ask([0], "part", part="cuda_loads", name=name, rounds=scale.rounds)
-    processes.ask([0], "part", part="hold", name=name)
-    (second,) = processes.ask([1], "part", part="second_load", name=name)
+    sharing.ask([0], "part", part="hold", name=name)
+    (second,) = sharing.ask([1], "part", part="second_load", name=name)
     results["loads"][name] = {"nbytes": nbytes, "ways": loads, "second": second}
     results["models"][name] = {}
     for batch in scale.model_batches:

@@ -7,12 +7,14 @@ what is asked of them (`gpu`), nor for models other than the talk's (`gpu_parts`
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -135,15 +137,18 @@ class Processes:
     number : int
     device : str
     directory : path
+    **environment : str
+        Of theirs, beside that of this process.
     """
 
-    def __init__(self, number: int, device: str, directory: Path):
+    def __init__(self, number: int, device: str, directory: Path, **environment: str):
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for _ in range(number):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, device, str(directory)), daemon=True)
-            process.start()
+            with patch.dict(os.environ, environment):
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
