@@ -133,6 +133,33 @@ def test_the_first_to_remember_is_right(tmp_path: Path) -> None:
     assert place.known() is None
 
 
+def cuda_error(code: int) -> Exception:
+    error = torch.AcceleratorError("CUDA error")
+    error.error_code = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"), True),
+        (cuda_error(2), True),
+        (cuda_error(700), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
+        (ValueError("CUBLAS_STATUS_ALLOC_FAILED"), False),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_want_of_memory_is_told_from_other_errors(error: Exception, is_it: bool) -> None:
+    assert tuning.is_out_of_memory(error) == is_it
+
+
 def test_a_full_disk_does_not_stop_a_job(tmp_path: Path) -> None:
     (tmp_path / "sizes").write_text("a file in the place of the directory")
     place = Place(tmp_path / "sizes" / "a.json")

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -39,6 +40,8 @@ MOST, LONGEST, SURE = 1 << 16, 3.0, 0.05
 SHARE = 0.5
 # CUDA's number for it
 OUT_OF_MEMORY = 2
+# Of the CPU's allocator, and of libraries on a GPU (cuBLAS, cuDNN, cuFFT), which ask for memory beside torch's
+_NO_MEMORY = re.compile(r"can't allocate memory|\bCU[A-Z]+_(STATUS_)?(\w+_)?ALLOC(ATION)?_FAILED\b")
 
 
 @dataclass(frozen=True)
@@ -214,5 +217,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.AcceleratorError):  # of CUDA itself, as for pinned memory
         return getattr(error, "error_code", None) == OUT_OF_MEMORY
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     )
