@@ -26,7 +26,7 @@ from zcinfer.errors import DeviceLost
 from zcinfer.publishing import put
 from zcinfer.residents import Residents
 from zcinfer.store import Fetched
-from zcinfer.transfer import Staging
+from zcinfer.transfer import PinnedSlots
 from zcinfer.upload import Moved
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ class ChangedByItsLoading(nn.Linear):
 
 def moved(fetched: Fetched, card: Card | None) -> tuple[Moved, Late]:
     side = Late()
-    return upload.move(joined(fetched), fetched, side, CPU, Staging(side, 3, 1 << 16, 2), card), side
+    return upload.move(joined(fetched), fetched, side, CPU, PinnedSlots(side, 3, 1 << 16, 2), card), side
 
 
 def lies_in(tensor: torch.Tensor, memory: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Staging: whatever the spans, the slots and the threads, the same bytes arrive, and no slot is filled too early."""
+"""Weights: whatever the spans, the slots and the threads, the same bytes arrive, and no slot is filled too early."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sides import Late
 
-from zcinfer.transfer import Chunk, Span, Staging, chunks
+from zcinfer.transfer import Chunk, PinnedSlots, Span, chunks
 
 
 @st.composite
@@ -34,7 +34,7 @@ def test_the_same_bytes_arrive(found: tuple[list[Span], int, int], slots: int, s
     source = np.random.default_rng(0).integers(0, 256, source_bytes, np.uint8)
     device = Late()
     target = device.empty(target_bytes)
-    Staging(device, slots, slot_bytes, threads).move(device, source, target, spans)
+    PinnedSlots(device, slots, slot_bytes, threads).move(device, source, target, spans)
     for start, place, nbytes in spans:
         np.testing.assert_array_equal(target.numpy()[place : place + nbytes], source[start : start + nbytes])
     assert not device.pending  # all had arrived when it returned
@@ -68,7 +68,7 @@ def test_a_slot_is_filled_again_only_after_its_event() -> None:
     device = Late()
     source = np.arange(256, dtype=np.uint8).repeat(40)
     target = device.empty(source.size)
-    Staging(device, slots=3, slot_bytes=100, threads=1).move(device, source, target, [Span(0, 0, source.size)])
+    PinnedSlots(device, slots=3, slot_bytes=100, threads=1).move(device, source, target, [Span(0, 0, source.size)])
     np.testing.assert_array_equal(target.numpy(), source)
     busy: set[int] = set()
     for what, slot in device.told:
@@ -94,7 +94,7 @@ def test_a_device_that_does_not_wait_is_caught() -> None:
     device = Early()
     source = np.arange(200, dtype=np.uint8)
     target = device.empty(source.size)
-    Staging(device, slots=2, slot_bytes=10, threads=1).move(device, source, target, [Span(0, 0, source.size)])
+    PinnedSlots(device, slots=2, slot_bytes=10, threads=1).move(device, source, target, [Span(0, 0, source.size)])
     assert not np.array_equal(target.numpy(), source)
 
 
@@ -103,27 +103,27 @@ def test_a_device_that_does_not_wait_is_caught() -> None:
 def test_a_failure_comes_when_no_copy_is_on_its_way(threads: int, after: int) -> None:
     device = Late(fail_after=after)
     source = np.zeros(1000, np.uint8)
-    staging = Staging(device, slots=3, slot_bytes=10, threads=threads)
+    slots = PinnedSlots(device, slots=3, slot_bytes=10, threads=threads)
     with pytest.raises(RuntimeError, match="the device refuses"):
-        staging.move(device, source, device.empty(1000), [Span(0, 0, 1000)])
+        slots.move(device, source, device.empty(1000), [Span(0, 0, 1000)])
     assert not device.pending
     # and the slots serve the next
     other = Late()
     target = other.empty(1000)
-    staging.move(other, source + 1, target, [Span(0, 0, 1000)])
+    slots.move(other, source + 1, target, [Span(0, 0, 1000)])
     assert target.eq(1).all()
 
 
 def test_two_uploads_at_once_do_not_meet_in_a_slot() -> None:
     device = Late()
-    staging = Staging(device, slots=2, slot_bytes=64, threads=2)
+    slots = PinnedSlots(device, slots=2, slot_bytes=64, threads=2)
     sources = [np.full(5000, value, np.uint8) for value in (3, 4)]
     targets = [device.empty(5000) for _ in sources]
     together = threading.Barrier(2)
 
     def upload(number: int) -> None:
         together.wait()
-        staging.move(device, sources[number], targets[number], [Span(0, 0, 5000)])
+        slots.move(device, sources[number], targets[number], [Span(0, 0, 5000)])
 
     threads = [threading.Thread(target=upload, args=(number,)) for number in (0, 1)]
     for thread in threads:

@@ -20,7 +20,7 @@ from zcinfer.placement import layout
 from zcinfer.publishing import put
 from zcinfer.store import Fetched, ModelRef
 from zcinfer.stores import open_store
-from zcinfer.transfer import Staging
+from zcinfer.transfer import PinnedSlots
 from zcinfer.upload import move
 
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def joined(fetched: Fetched, copy_small: bool = False) -> nn.Module:
 
 
 def moved(fetched: Fetched, device: Late, copy_small: bool = False) -> nn.Module:
-    return move(joined(fetched, copy_small), fetched, device, CPU, Staging(device, 3, 100, 2)).model
+    return move(joined(fetched, copy_small), fetched, device, CPU, PinnedSlots(device, 3, 100, 2)).model
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Rows on their way into pinned memory: where each lies there, cast, and copied by several threads where it is much.
 
-One thread copies some 10 GB/s, and the bus takes several times that. Not for when it is done (`pipeline`).
+One thread copies some 10 GB/s, and the bus takes several times that. Not for when it is done (`pipeline`), nor for
+weights, which go over as they are, in pieces of their own (`transfer`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Bytes of host memory on their way to a device: in large copies, through pinned memory that is made once a process.
 
 Threads fill slots of pinned memory, and the device copies out of them meanwhile; a slot is filled again when its copy
-has arrived. What the bytes are is not known here (`upload`), and input arrays go another way.
+has arrived. What the bytes are is not known here (`upload`); rows of input arrays go another way (`staging`).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Cuda:
         self._stream.synchronize()
 
 
-class Staging:
+class PinnedSlots:
     """Slots of pinned memory; one upload at a time goes through them.
 
     Parameters

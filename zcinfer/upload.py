@@ -20,7 +20,7 @@ from .errors import StoreUnavailable
 from .placement import Piece, buffers_of, layout
 from .sharing import written_pages
 from .store import Fetched
-from .transfer import Cuda, Side, Staging
+from .transfer import Cuda, PinnedSlots, Side
 
 log = logging.getLogger("zcinfer")
 
@@ -67,14 +67,14 @@ def move(
     fetched: Fetched,
     side: Side,
     device: torch.device,
-    staging: Staging | None = None,
+    slots: PinnedSlots | None = None,
     card: Card | None = None,
 ) -> Moved:
     """The same, with a given device side, pinned memory (default: this process's), and memory shared by jobs."""
     uploaded: _Uploaded | None = None
     why = ""
     try:
-        uploaded = _upload(model, fetched, side, device, staging, card)
+        uploaded = _upload(model, fetched, side, device, slots, card)
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
     # Only here: an exception that is being handled holds what was made of the memory
@@ -100,7 +100,7 @@ def _upload(
     fetched: Fetched,
     side: Side,
     device: torch.device,
-    staging: Staging | None,
+    slots: PinnedSlots | None,
     card: Card | None,
 ) -> _Uploaded:
     buffers = buffers_of(fetched)
@@ -108,7 +108,7 @@ def _upload(
         card = None  # the model's own code wrote to its weights when it was joined
     found = layout(model, fetched, inf if card is None else SHARE_FROM)
     with torch.inference_mode(False):
-        through = staging or _staging(side)
+        through = slots or _slots(side)
         # In one order everywhere: a process that writes one may wait for another that writes the next
         leased = {
             piece.key: _leased(card, piece, device)
@@ -166,7 +166,7 @@ def _card(device: torch.device) -> Card | None:
 _told: set[tuple[torch.device, str]] = set()
 _lock = threading.Lock()
 _sides: dict[torch.device, Side] = {}
-_pinned: list[Staging] = []
+_pinned: list[PinnedSlots] = []
 
 
 def _side(device: torch.device) -> Side:
@@ -176,8 +176,8 @@ def _side(device: torch.device) -> Side:
         return _sides[device]
 
 
-def _staging(side: Side) -> Staging:
+def _slots(side: Side) -> PinnedSlots:
     with _lock:
         if not _pinned:
-            _pinned.append(Staging(side))
+            _pinned.append(PinnedSlots(side))
         return _pinned[0]
