@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import zcinfer as zc
-from zcinfer import captures, engines, loading
+from zcinfer import captures, device_memory, engines, loading
 from zcinfer.calling import Call
 from zcinfer.captures import MOST, Captured
 from zcinfer.errors import OutputError, SettingsError
@@ -170,6 +171,31 @@ def test_a_capture_after_which_nothing_is_answered_is_told() -> None:
     captured((torch.zeros(4, 8),), ())
     with pytest.raises(torch.AcceleratorError):
         captured((torch.zeros(4, 8),), ())
+
+
+def test_no_memory_is_given_back_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator fails, then, for whichever thread asks."""
+    held: list[bool] = []
+
+    def look() -> None:
+        with ThreadPoolExecutor(1) as other:
+            free = other.submit(device_memory.capturing.acquire, blocking=False).result()
+            if free:
+                other.submit(device_memory.capturing.release).result()
+        held.append(not free)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", look)
+    device_memory.give_back(torch.device("cuda"))
+
+    def capture(function: Any, inputs: Sequence[torch.Tensor], names: tuple[str, ...]) -> Any:
+        look()
+        return Graphs()(function, inputs, names)
+
+    captured = Captured(call_of(mlp()), "mlp@1", capture)
+    for _ in range(2):
+        captured((torch.zeros(4, 8),), ())
+    look()
+    assert held == [True, True, False]
 
 
 def test_graphs_end_with_their_module() -> None:

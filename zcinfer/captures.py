@@ -7,13 +7,13 @@ for once. Not for which models have one (`engines`).
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
 
 from .calling import Function
+from .device_memory import capturing
 from .lost import STICKY, code_of
 from .probing import explain
 
@@ -23,8 +23,6 @@ log = logging.getLogger("zcinfer")
 MOST = 8
 # Runs before a capture, in which libraries choose algorithms and take their memory
 _WARM = 3
-# CUDA can capture one at a time in a process
-_capturing = threading.Lock()
 # Calls of which a graph could not be captured, in this process; a capture that has failed is not tried again, since it
 # may have left behind anything
 _failed: set[str] = set()
@@ -92,7 +90,7 @@ class Captured:
         for static, tensor in zip(inputs, tensors, strict=True):
             static.copy_(tensor)
         try:
-            with _capturing:
+            with capturing:
                 return inputs, *self._capture(self._function, inputs, names)
         except Exception as error:
             if code_of(error) in STICKY:

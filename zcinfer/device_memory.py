@@ -1,12 +1,20 @@
-"""How much of a device's memory the models that a process keeps may take. Not for batches (`tuning`)."""
+"""How much of a device's memory the models that a process keeps may take, and how it is given back.
+
+Not for batches (`tuning`).
+"""
 
 from __future__ import annotations
 
 import gc
+import threading
 
 import torch
 
 from . import config
+
+# CUDA captures one graph at a time in a process, and torch's allocator gives nothing back meanwhile: asked to, by any
+# thread, it raises an internal error
+capturing = threading.RLock()
 
 
 def budget(device: torch.device, held: int) -> float:
@@ -41,4 +49,11 @@ def give_back(device: torch.device) -> None:
     """Let other processes have the memory of what was just dropped."""
     if device.type == "cuda":
         gc.collect()  # modules may refer to each other in circles
-        torch.cuda.empty_cache()
+        empty_cache(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Have torch give back what it keeps of a device's memory, for who asks beside it."""
+    if device.type == "cuda":
+        with capturing:
+            torch.cuda.empty_cache()

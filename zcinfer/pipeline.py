@@ -17,6 +17,7 @@ import torch
 from .batches import Index, Lengths, cut
 from .binding import Binding
 from .calling import Call, Function, put_in_place
+from .device_memory import empty_cache
 from .forward import refuse_other_shapes
 from .lanes import SLOTS, Lane, Slot, lanes
 from .lost import code_of
@@ -277,8 +278,7 @@ class Pipeline:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
                 error.__traceback__ = None  # it holds the tensors that did not fit
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(self._device)
             self._told(rows)
             for tensor in batch:  # the model may have written to them
                 tensor.copy_(slot.rows.twin(tensor), non_blocking=True)
