@@ -37,6 +37,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import zcinfer as zc
 from zcinfer import catalog, cli, loading, publishing, remote_files
 from zcinfer.archive import DESCRIPTION, SKELETON, VERIFIED, WEIGHTS, write_archive
+from zcinfer.config import registry_at
 from zcinfer.errors import (
     ArchiveError,
     ModelNotFound,
@@ -798,7 +799,25 @@ def test_a_server_that_falls_silent_in_a_file_is_given_up_in_time(
 
 def test_a_password_is_not_told() -> None:
     assert shown("sftp://me:secret@server:22/models") == "sftp://me:***@server:22/models"
+    assert shown("sftp://me:se@cr/et@server/models") == "sftp://me:***@server/models"
+    assert shown("sftp://server:22/models/a@b") == "sftp://server:22/models/a@b"
     assert shown("s3://bucket/a:b@c") == "s3://bucket/a:b@c"
+
+
+def test_a_password_is_in_no_error_and_no_warning(registry: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"memory://me:secret@{uuid.uuid4().hex}"
+    with dask.config.set({"zcinfer.remote": url}):
+        ref = zc.put(layer(), "layer")
+        flip(registry / "archives" / ref.digest / WEIGHTS)
+        zc.load(ref)
+    assert "replaced by its copy at memory://me:***@" in caplog.text
+    assert "secret" not in caplog.text
+    with pytest.raises(SettingsError, match="without a name") as told:
+        zc.put(f"{url}/{ref.digest}")
+    assert "secret" not in str(told.value)
+    with pytest.raises(SettingsError, match="only directories") as told:
+        registry_at("sftp://me:secret@host/models", "zcinfer.registry")
+    assert "secret" not in str(told.value)
 
 
 def test_a_put_without_its_copy_says_so_and_can_be_repeated(registry: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,17 +154,29 @@ def settings() -> dict[str, Any]:
     return dict(_dask_config.get("zcinfer"))
 
 
+def shown(url: str) -> str:
+    """A URL for people: its password is left out, also one with ``@`` or ``/`` in it.
+
+    Examples
+    --------
+    >>> shown("sftp://me:secret@server/models")
+    'sftp://me:***@server/models'
+    """
+    # Digits before a slash are a port
+    return re.sub(r"(://[^/@:]*):(?!\d*/).*@", r"\1:***@", url)
+
+
 def local_directory(text: str, what: str, otherwise: str = "give a path") -> Path:
     """Absolute path of a directory given as a path or a ``file://`` URL; others are refused, with what to do then."""
     try:
         url = urlsplit(text)
         path = Path(url.path if url.scheme == "file" else text).expanduser().absolute()
     except (ValueError, RuntimeError) as error:
-        raise SettingsError(f"{what} is {text!r}: {error}") from error
+        raise SettingsError(f"{what} is {shown(text)!r}: {error}") from error
     if url.scheme and url.scheme != "file" and "://" in text:
         raise SettingsError(
-            f"{what} is {text!r}, but only directories (of this machine, or mounted on all machines) can be used: "
-            f"{otherwise}."
+            f"{what} is {shown(text)!r}, but only directories (of this machine, or mounted on all machines) can be "
+            f"used: {otherwise}."
         )
     return path
 

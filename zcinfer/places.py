@@ -5,13 +5,13 @@ Not for what is read and written there (`remote_files`).
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
 
+from .config import shown
 from .errors import SettingsError
 
 # Where a file needs a directory. Elsewhere none is made: object stores make the bucket, too, that a mistyped URL names
@@ -91,7 +91,7 @@ def _as_url(given: str) -> str:
     local = scheme.rpartition("::")[2] in ("file", "local")
     if not place or (local and not place.startswith(("/", "~"))):
         raise SettingsError(
-            f"{given!r} names no place for copies of models: give a URL, as s3://bucket/models or "
+            f"{shown(given)!r} names no place for copies of models: give a URL, as s3://bucket/models or "
             "file:///shared/models, or the whole path of a directory (zcinfer.remote)."
         )
     if not local and ("?" in place or "#" in place):
@@ -105,18 +105,9 @@ def _as_url(given: str) -> str:
     try:
         return f"file://{Path(place).expanduser()}"  # fsspec takes the %20 of as_uri for what it looks like
     except RuntimeError as error:
-        raise SettingsError(f"{given!r} cannot be used for copies of models: {error} (zcinfer.remote)") from error
-
-
-def shown(url: str) -> str:
-    """A URL for people: its password is left out.
-
-    Examples
-    --------
-    >>> shown("sftp://me:secret@server/models")
-    'sftp://me:***@server/models'
-    """
-    return re.sub("(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+        raise SettingsError(
+            f"{shown(given)!r} cannot be used for copies of models: {error} (zcinfer.remote)"
+        ) from error
 
 
 def _protocols(files: Any, inner: bool = False) -> set[str]:

@@ -81,7 +81,9 @@ def put(
     base = catalog.resolve(base) if base is not None else None
     if isinstance(model, str) and "://" in model:
         if name is None:
-            raise SettingsError(f"{model} is a copy without a name: say under which to publish it (name=, --name)")
+            raise SettingsError(
+                f"{config.shown(model)} is a copy without a name: say under which to publish it (name=, --name)"
+            )
         check_name(name)
         with registry.copied(model, trust) as fetched:
             if fetched in registry.seals:

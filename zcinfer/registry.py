@@ -189,7 +189,7 @@ class Registry:
                 raise
             raise ArchiveError(f"{found} Nor is its copy to be had: {error}") from error
         if is_new and not is_missing:
-            log.warning("%s It was replaced by its copy at %s.", found, url)
+            log.warning("%s It was replaced by its copy at %s.", found, config.shown(str(url)))
 
     def _restore(self, digest: str) -> bool:
         """Bring an archive here from the URL of copies: once, however many processes ask."""
