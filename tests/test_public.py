@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,12 @@ def test_error_survives_the_way_between_processes(name: str) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.args) == (type(error), error.args)
     assert type(error).__doc__
+
+
+def test_the_table_of_modules_names_each_once() -> None:
+    root = Path(__file__).parent.parent
+    rows = [
+        line.split("|")[1] for line in (root / "CONTRIBUTING.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(file.stem for file in (root / "zcinfer").glob("[!_]*.py"))
