@@ -181,20 +181,20 @@ class Holder:
             return []
         self._forget_deleted()
         capacity, used, _ = self.usage()
-        gone = self._evict(used + nbytes + MARGIN - capacity, keep) if evict else []
+        lacking = used + nbytes + MARGIN - capacity
+        gone, in_use = self._evict(lacking, keep) if evict and lacking > 0 else ([], None)
         used = self.usage()[1]
         if used + nbytes + MARGIN > capacity:
             why = f"{format_size(used)} of the store's {format_size(capacity)} are taken"
-            self._refuse(nbytes, registry, why, evict)
+            self._refuse(nbytes, registry, why, evict, in_use)
         # What was deleted a moment ago, readers may keep for a moment more.
         self._forgotten = [(since, size) for since, size in self._forgotten if monotonic() - since < KEPT + 0.5]
         if used + nbytes + MARGIN + sum(size for _, size in self._forgotten) > capacity:
             sleep(max(0.0, max(since for since, _ in self._forgotten) + KEPT + 0.5 - monotonic()))
         return gone
 
-    def _evict(self, nbytes: int, keep: Sequence[Any]) -> list[str]:
-        if nbytes <= 0:
-            return []
+    def _evict(self, nbytes: int, keep: Sequence[Any]) -> tuple[list[str], set[str]]:
+        """Digests of those that have gone, and of those in use."""
         sleep(max([0.0, *(held.used + _MAPPED_WITHIN - monotonic() for held in self._objects.values())]))
         used = self._used()
         gone: list[str] = []
@@ -205,11 +205,11 @@ class Holder:
                 if nbytes <= 0:
                     break
         if nbytes > 0:
-            return []  # it would not help
+            return [], used  # it would not help
         for digest in gone:
             self.forget(digest)
         self._evicted += len(gone)
-        return gone
+        return gone, used
 
     def _forget_deleted(self) -> None:
         # Programs that are not connected (`zcinfer rm`) delete in the registry alone.
@@ -219,9 +219,10 @@ class Holder:
             if digest not in known[held.registry]:
                 self.forget(digest)
 
-    def _refuse(self, nbytes: int, registry: str, why: str, evict: bool) -> NoReturn:
+    def _refuse(self, nbytes: int, registry: str, why: str, evict: bool, in_use: set[str] | None = None) -> NoReturn:
         names = {version.digest: str(version) for version in Registry(registry).names.versions()}
-        held, used = self.usage()[2], self._used() if evict else self.in_use()
+        # Other machines are not asked again: who waits for this would give up
+        held, used = self.usage()[2], self.in_use() if in_use is None else in_use
         listed = ", ".join(
             f"{names.get(digest, digest[:12])} ({format_size(size)}{', in use' if digest in used else ''})"
             for digest, size in held.items()

@@ -654,11 +654,10 @@ def mapped_elsewhere(places: Mapping[Any, Sequence[str]]) -> set[Any]:
         for node in found:
             if node != here:
                 asked.setdefault(node, []).append(reference)
-    look = ray.remote(num_cpus=0, max_retries=0, enable_task_events=False)(_mapped_here)
     calls = {}
     for node, references in asked.items():
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        calls[look.options(scheduling_strategy=there).remote(references)] = references
+        calls[_look_there.options(scheduling_strategy=there).remote(references)] = references
     answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_ASKING) if calls else ([], [])
     mapped: set[Any] = set()
     for call, references in calls.items():
@@ -666,12 +665,18 @@ def mapped_elsewhere(places: Mapping[Any, Sequence[str]]) -> set[Any]:
         if call in answered:
             with contextlib.suppress(ray.exceptions.RayError):  # a node that was lost may still run
                 answer = ray.get(call)
+        else:
+            ray.cancel(call)  # as long as it waits for its machine, what is deleted would stay
         mapped.update(reference for reference, is_mapped in zip(references, answer, strict=True) if is_mapped)
     return mapped
 
 
 def _mapped_here(references: Sequence[Any]) -> list[bool]:
     return are_mapped(references, ray.get)
+
+
+# Once: Ray's head keeps each that is made
+_look_there = ray.remote(num_cpus=0, max_retries=0, enable_task_events=False)(_mapped_here)
 
 
 def _look(address: str, holder: Any) -> tuple[dict[str, Size], dict[str, Any] | None]:
