@@ -247,6 +247,17 @@ def test_an_archive_that_was_altered_and_has_no_copy_is_told(registry: Path) -> 
     assert torch.equal(zc.load(ref).weight, layer().weight)
 
 
+def test_verify_of_a_directory_that_says_it_is_another_model_mends_that_directory(registry: Path, url: str) -> None:
+    ref, other = zc.put(layer(), "layer"), zc.put(torch.nn.Linear(3, 2), "other")
+    directory = registry / "archives" / ref.digest
+    text = (directory / DESCRIPTION).read_text()
+    (directory / DESCRIPTION).write_text(text.replace(ref.digest, other.digest))
+    done = CliRunner().invoke(cli.main, ["info", str(directory), "--verify", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["digest"] == ref.digest
+    assert (directory / DESCRIPTION).read_text() == text
+
+
 def test_what_a_disk_has_altered_in_silence_is_found_by_verify(registry: Path, url: str) -> None:
     ref = zc.put(layer(), "layer")
     path = registry / "archives" / ref.digest / WEIGHTS

@@ -103,7 +103,7 @@ def info(model: str, verify: bool, as_json: bool) -> None:
         except ArchiveError:
             if archive.directory.parent.parent != catalog.registry().directory:
                 raise
-            archive, _ = catalog.registry().whole(archive.description.digest)
+            archive, _ = catalog.registry().whole(archive.directory.name)
     description, known = archive.description, archive in catalog.registry().seals
     facts = {
         "model": name,
