@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 _Call = Callable[..., Any]
-# By id, since modules may be unhashable, with what tells that the id has become another's.
+# By id, as nothing of the module then decides, with what tells that the id has become another's.
 _named: dict[int, tuple[weakref.ref[nn.Module], _Call]] = {}
 _torchs_call: _Call | None = None
 
