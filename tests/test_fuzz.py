@@ -583,6 +583,7 @@ def test_a_disk_that_fills_meanwhile_gives_sizes(tmp_path: Path, monkeypatch: py
 
 SETTINGS = [("trust-registry", "false"), ("ray.timeout", "soon"), ("ray.timeout", float("nan")), ("residents", -1)]
 SETTINGS += [("jobs", 0), ("registry", ["/a"]), ("store", None), ("computing", True), ("registry", "file://[")]
+SETTINGS += [("gpu.share", "yes"), ("gpu.share-memory", 1.5), ("gpu.residents", 0)]
 
 
 @pytest.mark.parametrize(("key", "value"), SETTINGS)
@@ -592,8 +593,9 @@ def test_an_impossible_setting_is_named(key: str, value: Any) -> None:
 
 
 def test_every_setting_is_looked_at() -> None:
-    ray = {f"ray.{key}" for key in config.DEFAULTS["ray"]}
-    assert config._KINDS.keys() == config.DEFAULTS.keys() - {"ray"} | ray
+    tables = {key: value for key, value in config.DEFAULTS.items() if isinstance(value, dict)}
+    inner = {f"{table}.{key}" for table, settings in tables.items() for key in settings}
+    assert config._KINDS.keys() == config.DEFAULTS.keys() - tables.keys() | inner
 
 
 @pytest.mark.parametrize("value", [None, 7, "ray", {"ray": None}])

@@ -183,7 +183,7 @@ def test_without_the_preload_it_does(big_file: str) -> None:
             n_workers=1,
             threads_per_worker=1,
             memory_limit=LIMIT,
-            dashboard_address=None,
+            dashboard_address=":0",
             scheduler_kwargs={"allowed_failures": 0},
         ) as cluster,
         cluster.get_client() as client,
@@ -286,7 +286,7 @@ def test_worker_started_in_a_shell(cluster: LocalCluster, client: Client, tmp_pa
 def test_worker_without_a_nanny() -> None:
     async def figures() -> tuple[int, int]:
         async with (
-            Scheduler(dashboard_address=None, port=0, host="127.0.0.1") as scheduler,
+            Scheduler(dashboard_address=":0", port=0, host="127.0.0.1") as scheduler,
             Worker(scheduler.address, preload="zcinfer.worker", memory_limit=LIMIT) as worker,
         ):
             return worker.monitor.get_process_memory(), process_memory().private

@@ -52,7 +52,7 @@ class Observer(SchedulerPlugin):  # type: ignore[misc]
     Examples
     --------
     >>> from distributed import Client
-    >>> client = Client(processes=False, dashboard_address=None)
+    >>> client = Client(processes=False, dashboard_address=":0")
     >>> client.register_plugin(Observer())
     >>> client.sync(client.scheduler.zcinfer_snapshot)["jobs"]
     []
