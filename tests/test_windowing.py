@@ -390,7 +390,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
             n_workers=2,
             threads_per_worker=1,
             memory_limit="32 MiB",
-            dashboard_address=None,
+            dashboard_address=":0",
             local_directory=str(tmp_path_factory.mktemp("dask")),
         ) as cluster,
         Client(cluster) as client,
