@@ -17,6 +17,7 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
+import ray
 import torch
 from click.testing import CliRunner
 from processes import wait_until
@@ -24,6 +25,7 @@ from processes import wait_until
 from zcinfer import catalog, loading, publishing
 from zcinfer.cli import main
 from zcinfer.errors import StoreFull
+from zcinfer.holder import are_mapped
 from zcinfer.occupancy import is_mapped, mapped_spans
 from zcinfer.registry import Registry
 from zcinfer.sharing import map_file
@@ -183,6 +185,14 @@ def test_mappings_of_readers_are_seen_and_those_of_others_are_not(tmp_path: Path
     del private
     assert mapped_spans(*file) == []
     assert shared.nbytes == 20 * 4096
+
+
+@pytest.mark.parametrize(("error", "stays"), [("GetTimeoutError", True), ("ObjectLostError", False)])
+def test_a_model_that_cannot_be_looked_at_stays_unless_it_is_lost(error: str, stays: bool) -> None:
+    def get(_: object, timeout: float) -> Any:
+        raise getattr(ray.exceptions, error).__new__(getattr(ray.exceptions, error))
+
+    assert are_mapped([object()], get) == [stays]
 
 
 def test_budgets_of_a_disk(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from zcinfer.remote import Remote
 
 server = pytest.importorskip("moto.server", reason="moto is not installed: pip install moto[server] s3fs")
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
-boto3 = pytest.importorskip("boto3")
+boto3 = pytest.importorskip("boto3", reason="boto3 is not installed: moto brings it")
 
 URL = "s3://models/there"
 

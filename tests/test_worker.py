@@ -128,7 +128,7 @@ def spender() -> Callable[[int], tuple[int, int]]:
 
         before = process_memory().private
         pieces = [b"x" * (50_000 + number % 2) for number in range(nbytes // 50_000)]
-        sys.kept_by_test = pieces.pop()  # type: ignore[attr-defined]
+        vars(sys)["kept_by_test"] = pieces.pop()
         pieces.clear()
         return before, process_memory().private
 

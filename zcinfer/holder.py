@@ -244,6 +244,8 @@ def are_mapped(references: Sequence[Any], get: Callable[..., Bytes]) -> list[boo
 def _is_mapped(reference: Any, get: Callable[..., Bytes], spans: dict[tuple[int, int], list[tuple[int, int]]]) -> bool:
     try:
         found = Plasma(get(reference, timeout=_ANSWERED_WITHIN))
+    except TimeoutError:  # Ray's is one: too busy to tell, so it stays
+        return True
     except Exception:  # spilled or lost meanwhile: not in memory, and so in nobody's
         return False
     if found.file is None:

@@ -18,8 +18,6 @@ import torch
 SLOTS = 3
 # Lanes of a device that are kept while nobody uses them: each holds pinned memory.
 KEPT = 2
-# Kernels read fastest, and libraries choose the same algorithms, where data begin at such addresses.
-ALIGNMENT = 256
 
 
 class Buffer:

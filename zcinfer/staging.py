@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from .batches import Index
-from .lanes import ALIGNMENT, Buffer
+from .description import ALIGNMENT
+from .lanes import Buffer
 from .rows import Array, Rows, refuse_too_large
 
 # Threads that copy, no more than the process may compute with; and bytes that are worth another one.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -34,10 +35,13 @@ def name_frames(model: nn.Module, title: str) -> None:
     for path, module in model.named_modules():
         name = f"{path} of {title}" if path else title
         frame = FunctionType(_code(f"{name} ({type(module).__name__})"), {})
-        number = id(module)
-        _named[number] = weakref.ref(module, lambda _, number=number: _named.pop(number, None)), frame  # type: ignore[misc]
+        _named[id(module)] = weakref.ref(module, partial(_forget, id(module))), frame
     if _torchs_call is None:
         _torchs_call, nn.Module.__call__ = nn.Module.__call__, _call  # type: ignore[method-assign]
+
+
+def _forget(number: int, _: object) -> None:
+    _named.pop(number, None)
 
 
 def _code(name: str) -> CodeType:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from . import config
+from .cuda_driver import OUT_OF_MEMORY
 from .files import parse_json, read_whole, write_file
 from .memory import available, peak_private
 from .store import ModelRef, registry_of
@@ -38,8 +39,6 @@ GAIN = 1.03
 MOST, LONGEST, SURE = 1 << 16, 3.0, 0.05
 # Of the memory that a process may use, the share that batches may.
 SHARE = 0.5
-# CUDA's number for it
-OUT_OF_MEMORY = 2
 # Of the CPU's allocator, and of libraries on a GPU (cuBLAS, cuDNN, cuFFT), which ask for memory beside torch's
 _NO_MEMORY = re.compile(r"can't allocate memory|\bCU[A-Z]+_(STATUS_)?(\w+_)?ALLOC(ATION)?_FAILED\b")
 
