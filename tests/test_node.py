@@ -296,6 +296,7 @@ def test_a_member_that_ends_leaves_nothing(cluster: Cluster, tmp_path: Path, num
     assert member.process.wait(20) == (0 if number != signal.SIGKILL else -signal.SIGKILL)
     wait_until(lambda: not processes_below(place) and not living(below))
     wait_until(lambda: not list(place.glob("zcinfer-ray-*")))
+    assert member.printed.count("Ctrl-C ends it here") == 1
     shutil.rmtree(place)
 
 

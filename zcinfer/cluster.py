@@ -22,6 +22,7 @@ from dask.system import cpu_count
 
 from .activation import Activation, check_installed, is_installed
 from .config import settings
+from .dask_memory import LOG_LENGTH, bound_spans, log_length
 from .device import ORDER, VISIBLE
 from .errors import SettingsError
 from .nanny import THREAD_VARIABLES, Nanny
@@ -113,6 +114,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
             # In the place of the numbered ones that the base class would start
             self.worker_spec = {name: self._pinned(options) for name, options in self._pinning.workers().items()}
         await super()._start()
+        bound_spans(self.scheduler)
         await self.scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
         if self._dashboard:
             self._activation = Activation(self.scheduler_address, self.security)
@@ -249,7 +251,7 @@ def worker_options(
     ours = {"zcinfer": {**settings(), "jobs": jobs_per_gpu or n_workers or cores, "computing": 1}}
     return {
         "env": dict.fromkeys(THREAD_VARIABLES, str(threads)) | (env or {}),
-        "config": dask.config.merge(ours, config or {}),
+        "config": dask.config.merge({LOG_LENGTH: log_length()}, ours, config or {}),
         "preload": _preloads(preload),
         "local_directory": str(local_directory or scratch_directory()),
     }

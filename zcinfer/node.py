@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import dask.config
 import psutil
 from dask.system import cpu_count
 from distributed import Scheduler
@@ -25,6 +26,7 @@ from distributed.system import MEMORY_LIMIT
 
 from . import config, own_ray
 from .cluster import INTERRUPTED, LOOPBACK, check_unpinned, scratch_directory, worker_options
+from .dask_memory import LOG_LENGTH, bound_spans, log_length
 from .errors import NodeError, SettingsError
 from .joining import HEAD, STORE, Offer, ask, local_host, protocol, versions
 from .keeper import ALONE, OwnRay, Place, token_path
@@ -156,7 +158,8 @@ def serve(role: Head | Member, workers: Workers, announce: Callable[[str], objec
     """
     # What is lost while a cluster ends is no news
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    asyncio.run(_serve(role, workers, announce))
+    with dask.config.set({LOG_LENGTH: log_length()}):
+        asyncio.run(_serve(role, workers, announce))
 
 
 async def _serve(role: Head | Member, workers: Workers, announce: Callable[[str], object]) -> None:
@@ -190,6 +193,7 @@ async def _be_head(role: Head, workers: Workers, announce: Callable[[str], objec
         )
         stack.push_async_callback(scheduler.close, reason="zcinfer-node-ends")
         await scheduler
+        bound_spans(scheduler)
         await scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
         offer = Offer(ray.address, str(config.registry_directory()), versions())
         scheduler.set_metadata(keys=[STORE], value=offer.url)
@@ -215,7 +219,6 @@ async def _be_member(role: Member, workers: Workers, announce: Callable[[str], o
         nannies = await stack.enter_async_context(_running(workers, role.address, host, options))
         text = [f"{host} is a node of {role.address}: {_workers_text(workers)}.", *_gpu_lines(workers)]
         announce("\n".join([*text, "Ctrl-C ends it here."]))
-        announce(f"{host} is a node of {role.address}: {_workers_text(workers)}.\nCtrl-C ends it here.")
         await asyncio.gather(*(nanny.finished() for nanny in nannies))
     raise NodeError(f"the head at {role.address} has ended or is out of reach, and so this node ends. Join it again.")
 

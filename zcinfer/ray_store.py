@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -222,6 +222,8 @@ class RayStore:
     def bring(self, digest: str) -> int:
         if digest in self._mapped:
             return 0
+        # Who brings a model before it is needed would rather wait than be refused
+        sleep(max(0.0, min(self._retry_at - monotonic(), _RESPITE)))
         found, nbytes = self._within(self._patience(digest), lambda: self._bring(digest))
         self._keep(digest, found)
         self._is_on_disk(digest, found)

@@ -25,6 +25,7 @@ from distributed.worker_memory import NannyMemoryManager
 from tornado.ioloop import PeriodicCallback
 
 from . import prometheus, sampling, stores, telemetry
+from .dask_memory import bound_sums
 from .memory import give_back_freed, keep_freed, process_memory
 from .pinning import bind_to_device, spans
 
@@ -101,6 +102,7 @@ class Rest:
 
     async def look(self) -> None:
         """Look whether there is something to do; at the second look without, give back."""
+        bound_sums(self._worker)
         state = self._worker.state
         rests = not state.executing and not state.ready and state.executed_count == self._seen
         self._seen = state.executed_count
