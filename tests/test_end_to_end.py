@@ -113,6 +113,7 @@ def store_array(path: Path, rows: int = 4000, chunk: int = 50) -> np.ndarray[Any
     return x
 
 
+@pytest.mark.slow
 def test_the_demo_is_right_and_shares_one_copy(world: World) -> None:
     report = json.loads(world.zcinfer("demo", "--quick", "--json", "--ask", "What is a generator?"))
     assert report["passed"]
@@ -149,7 +150,6 @@ def after_line(text: str) -> Callable[[subprocess.Popen[str]], None]:
     [
         (signal.SIGKILL, "start the store"),
         pytest.param(signal.SIGKILL, "publish the model", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, "publish the model", marks=pytest.mark.slow),
         # Late in the demo, when everything runs.
         pytest.param(signal.SIGTERM, "load the model on each", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "load the model on each", marks=pytest.mark.slow),

@@ -238,11 +238,11 @@ def test_a_ray_that_was_slow_once_is_asked_again_soon(ray_store: Any, monkeypatc
     try:
         assert [respite() > least for least in (0.15, 0.35, 0.7)] == [True, True, True]
         assert ray_store._within(5, lambda: "answered") == "answered"
-        assert 0.15 < respite() < 0.35
         with pytest.raises(StoreUnavailable, match="has not answered within"):
             ray_store._within(0.01, late.wait)
         with pytest.raises(ModelNotFound):  # an answer: who brings a model waits until it is asked again
             ray_store.bring("0" * 64)
+        assert 0.15 < respite() < 0.35
     finally:
         late.set()
 

@@ -24,6 +24,8 @@ _DASKS_LENGTH = 1000
 class BoundedSpans(SpansSchedulerExtension):  # type: ignore[misc]
     """Dask's spans, of which the oldest are forgotten once Dask has forgotten their tasks."""
 
+    root_spans: list[Span]
+
     def observe_tasks(self, *arguments: Any, **keywords: Any) -> Any:
         """As Dask's: take up the tasks of a new graph."""
         found = super().observe_tasks(*arguments, **keywords)

@@ -71,7 +71,7 @@ class Offer:
                 f"this machine's packages are not the head's: {'; '.join(differing)}. Install the same (pip install "
                 "--constraint constraints.txt), since programs of a cluster send each other code and objects."
             )
-        from .ray_store import nodes, probe
+        from .ray_session import nodes, probe
 
         probe(self.ray, PATIENCE)
         there = nodes(self.ray, own_ray.environment(), PATIENCE)

@@ -4,7 +4,7 @@ A Ray object dies with the process that put it. So a detached actor, the *holder
 archive, on demand; when it is lost Ray starts it again and it puts again. Readers map the object's pages a second
 time, copy-on-write (`sharing`). Every wait has a deadline of our own: Ray's are not kept when its raylet is gone.
 
-The only file that imports ray.
+Not for how a process gets into a Ray (`ray_session`), nor for the holder and what Ray knows of it (`ray_holder`).
 """
 
 from __future__ import annotations
@@ -12,34 +12,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import select
-import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from time import monotonic, perf_counter, sleep
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 import ray
 import ray.experimental
-from ray._private.internal_api import node_stats
-from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
-from ray.core.generated.gcs_pb2 import GcsNodeInfo
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import config, keeper, own_ray
 from .archive import MARGIN, WEIGHTS
-from .condition import UNAVAILABLE, Condition, Size, of_ray
+from .condition import UNAVAILABLE, Condition, of_ray
 from .deadline import join_within
-from .description import Bytes, Description
+from .description import Bytes
 from .errors import ArchiveError, ModelNotFound, StoreUnavailable, ZcinferError
-from .holder import KEPT, Holder, are_mapped
+from .holder import KEPT
+from .ray_holder import ASKING, LOOKING, Head, find_holder, look, plasma, read_head
+from .ray_session import Session, admitted, first_line, probe, refuse_another, why_silent
 from .registry import Registry
-from .sharing import Plasma, copy_mapped
+from .sharing import Plasma
 from .sizes import format_size
 from .store import Budget, Fetched, registry_of
 from .stores import PATIENCE
@@ -47,17 +42,11 @@ from .stores import PATIENCE
 log = logging.getLogger("zcinfer")
 
 T = TypeVar("T")
-Head = tuple[Description, bytes]  # description and skeleton of a model
 
-NAMESPACE, HOLDER = "zcinfer", "zcinfer-holder"
 # Bytes a second
 SLOWEST_DISK, SLOWEST_NETWORK = 50e6, 10e6
-# Seconds that it may take to look how a store is
-_LOOKING = 3
 # Seconds after a call without an answer in which no other is made; twice as long after each further one, up to PATIENCE
 _RESPITE = 4.0
-# Seconds in which other machines tell what their readers have mapped; a process must start there first
-_ASKING = 5
 # In the environment for a Ray that asks for our token
 TOKEN = "RAY_AUTH_TOKEN_PATH"
 
@@ -107,13 +96,13 @@ class RayStore:
         probe(address, patience)
         self._environment = environment or {}
         if own is None:
-            self._environment = _admitted(address, environment, patience)
+            self._environment = admitted(address, environment, patience)
         self._ours = TOKEN in self._environment
-        self._session = _Session.enter(
+        self._session = Session.enter(
             address, self._environment, lambda call: self._within(deadline - monotonic(), call)
         )
         try:
-            self._holder, raylet, self._offers = self._within(deadline - monotonic(), lambda: _find_holder(self._ours))
+            self._holder, raylet, self._offers = self._within(deadline - monotonic(), lambda: find_holder(self._ours))
         except BaseException:
             self._session.leave(self._timeout)
             raise
@@ -139,7 +128,7 @@ class RayStore:
         """
         own = begun
         try:
-            _refuse_another(None)
+            refuse_another(None)
             own = begun or own_ray.begin()
             own_ray.wait(own)
             return cls(own.address, registry, own_ray.environment(), own)
@@ -191,7 +180,7 @@ class RayStore:
         self._offers = {}  # who only publishes holds no models
         directory, evict = str(self.registry.directory), bool(config.get("store-eviction"))
         gone = self._within(
-            self._timeout + evict * _ASKING,
+            self._timeout + evict * ASKING,
             lambda: ray.get(self._holder.make_room.remote(digest, nbytes, directory, evict)),
         )
         if gone:
@@ -249,10 +238,10 @@ class RayStore:
             why = f"Ray at {self.address} has died" if self.died else f"this process has left Ray at {self.address}"
             return Condition(name, {}, f"{UNAVAILABLE}{why}; models that are loaded stay so", healthy=False)
         if monotonic() >= self._look_at:
-            result, error = join_within(_LOOKING, lambda: _look(self.address, self._holder)) or (None, None)
+            result, error = join_within(LOOKING, lambda: look(self.address, self._holder)) or (None, None)
             if result is not None:
                 return of_ray(name, *result)
-            self._why = f"no answer within {_LOOKING} s" if error is None else _first_line(error)
+            self._why = f"no answer within {LOOKING} s" if error is None else first_line(error)
             if error is None:
                 self._look_at = monotonic() + PATIENCE  # what hangs is left to hang
         return Condition(name, {}, f"{UNAVAILABLE}{self._why}", healthy=False)
@@ -264,7 +253,7 @@ class RayStore:
     def _budget(self) -> Budget:
         _, _, models = ray.get(self._holder.usage.remote())
         in_use, evicted = ray.get([self._holder.in_use.remote(), self._holder.evicted.remote()])
-        _, found = _plasma(self.address)
+        _, found = plasma(self.address)
         return Budget(
             f"shared memory of Ray at {self.address}",
             found.object_store_bytes_avail,
@@ -364,14 +353,14 @@ class RayStore:
             ray.get(self._holder.forget_lost.remote(digest))
             head, references = self._ask(digest)
             arrays = ray.get(references)
-        return _Object(arrays, _read(head))
+        return _Object(arrays, read_head(head))
 
     def _bring(self, digest: str) -> tuple[_Object, int]:
         head, references = self._ask(digest)
         here = ray.get_runtime_context().get_node_id()
         places = ray.experimental.get_object_locations(references).values()
         nbytes = sum(place["object_size"] for place in places if here not in place["node_ids"])
-        return _Object(ray.get(references), _read(head)), nbytes
+        return _Object(ray.get(references), read_head(head)), nbytes
 
     def _ask(self, digest: str) -> tuple[bytes, list[Any]]:
         evict = bool(config.get("store-eviction"))
@@ -382,7 +371,7 @@ class RayStore:
 
     def _patience(self, digest: str) -> float:
         """Seconds to wait for a model: the holder may have to read it from a slow disk, the network to carry it."""
-        patience = self._timeout + bool(config.get("store-eviction")) * _ASKING
+        patience = self._timeout + bool(config.get("store-eviction")) * ASKING
         try:
             nbytes = os.stat(self.registry.directory / "archives" / digest / WEIGHTS).st_size
         except OSError:
@@ -407,7 +396,7 @@ class RayStore:
             self._retry_at = monotonic() + min(PATIENCE, _RESPITE * 2**self._silences)
             self._silences = min(self._silences + 1, 10)
             raise StoreUnavailable(
-                f"Ray at {self.address} has not answered within {max(seconds, 0):.0f} s: {_why_silent(self.address)}. "
+                f"Ray at {self.address} has not answered within {max(seconds, 0):.0f} s: {why_silent(self.address)}. "
                 "Mend that and call zc.connect() again, or use the store 'file'."
             )
         self._silences = 0
@@ -418,7 +407,7 @@ class RayStore:
         ours = cause if isinstance(cause, ZcinferError) else error
         if isinstance(ours, ZcinferError):
             raise ours
-        raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {_first_line(error)}") from error
+        raise StoreUnavailable(f"Ray at {self.address} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def store_url(address: str, registry: Registry, ours: bool) -> str:
@@ -434,282 +423,3 @@ class _Object(Plasma):
         super().__init__(arrays[0])
         self.base = Plasma(arrays[1]) if len(arrays) > 1 else None
         self.head = head
-
-
-class _Session:
-    """This process's connection to a Ray: it is in one at a time, and in the user's own if that was there first."""
-
-    current: _Session | None = None
-
-    def __init__(self, address: str, environment: dict[str, str], users: bool):
-        self.address = address
-        self.users = users
-        self.entered = False
-        self._environment = environment
-        self.before: dict[str, str | None] = {}  # variables that it has set
-        self._leaving = threading.Lock()
-
-    @classmethod
-    def enter(cls, address: str, environment: dict[str, str], within: Callable[[Callable[[], None]], None]) -> _Session:
-        """Connect; another store's session is left first, and one that is not ours is never left."""
-        if cls.current is not None:
-            cls.current.copy_loaded()
-            cls.current.leave(float(config.get("ray.timeout")))
-        users = _refuse_another(address)
-        session = cls(address, environment, users)
-        if not users:
-            within(session._connect)
-        session.entered = True
-        cls.current = session
-        return session
-
-    def _connect(self) -> None:
-        self.before = _set(self._environment)
-        # Ray's own start-up notes would land in the middle of a progress bar.
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        ray.init(
-            address=self.address,
-            _node_ip_address=config.get("ray.host"),
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            configure_logging=False,
-            logging_level=logging.ERROR,
-        )
-
-    def copy_loaded(self) -> None:
-        """Before it is left: have what is loaded stay what it is, also when its memory is another object's."""
-        if not self.entered or self.users:
-            return
-        try:
-            copy_mapped()
-        except OSError as error:
-            raise StoreUnavailable(
-                f"Ray at {self.address} cannot be left: what is loaded from it must be copied, and {error}. Drop "
-                "models that are not needed."
-            ) from error
-
-    def leave(self, seconds: float) -> None:
-        """Disconnect, unless the session is the user's. What is loaded stays loaded (see `copy_loaded`)."""
-        with self._leaving:
-            if not self.entered:
-                return
-            self.entered = False
-            if _Session.current is self:
-                _Session.current = None
-            if not self.users:
-                # With the raylet gone, shutdown may hang as every other call.
-                join_within(seconds, ray.shutdown)
-                _set(self.before)
-
-
-def _set(environment: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Set variables that Ray's clients need, and return what they were."""
-    before = {name: os.environ.get(name) for name in environment}
-    for name, value in environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    if environment:
-        # Ray reads these variables when it is imported, which a script may have done long ago.
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-    return before
-
-
-def _refuse_another(address: str | None) -> bool:
-    """Whether the user's program is in the Ray at ``address`` itself; refuse if it is in another."""
-    if not ray.is_initialized() or _Session.current is not None:
-        return False
-    found = ray.get_runtime_context().gcs_address
-    if found != address:
-        raise StoreUnavailable(
-            f"this process is in Ray at {found} already, and can be in one only. Use that one, "
-            f"zc.connect('ray:{found}'), or the store 'file'."
-        )
-    return True
-
-
-def probe(address: str, timeout: float) -> None:
-    """See that something listens before ray.init, which would try for minutes."""
-    try:
-        parts = urlsplit(f"//{address}")
-        if not parts.hostname or not parts.port:
-            raise ValueError("it must be HOST:PORT")
-        socket.create_connection((parts.hostname, parts.port), timeout=timeout).close()
-    except (OSError, ValueError) as error:
-        raise StoreUnavailable(
-            f"no Ray answers at {address!r}: {error}. Check the address (store='ray:HOST:PORT', RAY_ADDRESS or "
-            "zcinfer.ray.address), or leave it out to have one started here."
-        ) from None
-
-
-def _why_silent(address: str) -> str:
-    """What can be seen from here of a Ray that does not answer."""
-    parts = urlsplit(f"//{address}")
-    try:
-        socket.create_connection((parts.hostname, parts.port), timeout=1).close()
-    except ConnectionRefusedError:
-        return "nothing listens there any more, so its head has ended"
-    except OSError as error:
-        here = socket.gethostname()
-        return f"its head cannot be reached from {here} ({error}): that machine is down, or the network between them"
-    return (
-        "its head listens, so it is overloaded or stopped, or asks for a token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH) "
-        "that this process does not have"
-    )
-
-
-def nodes(address: str, environment: Mapping[str, str | None], seconds: float) -> list[str] | None:
-    """Addresses of the nodes of the Ray at ``address``, without entering it; None: it refuses the token.
-
-    Raises
-    ------
-    StoreUnavailable
-        What answers there is no Ray.
-    """
-
-    def ask() -> list[str]:
-        found = GcsClient(address).get_all_node_info(timeout=seconds).values()
-        return [node.node_manager_address for node in found if node.state == GcsNodeInfo.ALIVE]
-
-    before = _set(environment)
-    try:
-        outcome = join_within(seconds, ask)
-    finally:
-        _set(before)
-    result, error = outcome or (None, TimeoutError(f"no answer within {seconds:.0f} s"))
-    if isinstance(error, ray.exceptions.AuthenticationError):
-        return None
-    if error is not None:
-        raise StoreUnavailable(f"what listens at {address!r} is no Ray: {_first_line(error)}") from None
-    return result
-
-
-def _admitted(address: str, environment: dict[str, str] | None, seconds: float) -> dict[str, str]:
-    """The environment by which Ray lets us in: the one given, else the user's or that of our own Ray."""
-    if ray.is_initialized() and _Session.current is None:
-        return environment or {}  # the user's program is in it
-    token_file = config.get("ray.token-file")
-    ours = keeper.has_token(token_file)
-    candidates = [environment] if environment else [_users_token(), *([own_ray.environment()] if ours else [])]
-    if token_file or keeper.runs_here(address):
-        candidates.reverse()  # Ray prints a warning where it is refused
-    # Tried as it will be entered: what the session that is left then has set does not count
-    unset = _Session.current.before if _Session.current is not None else {}
-    for candidate in candidates:
-        if nodes(address, unset | candidate, seconds) is not None:
-            return candidate
-    tried = keeper.token_path(token_file) if environment or ours else "none of ours is here"
-    raise StoreUnavailable(
-        f"Ray at {address} asks for another token than this process has ({tried}). Copy the token file of its head to "
-        "this machine (mode 0600) and give its path: zcinfer.ray.token-file, or DASK_ZCINFER__RAY__TOKEN_FILE."
-    )
-
-
-def _users_token() -> dict[str, str]:
-    """What a driver needs for a Ray the user operates, where Ray has left this user's token in its usual place."""
-    unset = "RAY_AUTH_MODE" not in os.environ
-    return {"RAY_AUTH_MODE": "token"} if unset and (Path.home() / ".ray" / "auth_token").exists() else {}
-
-
-def _find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any]]]:
-    capacity = min(
-        (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
-    )
-    holder = (
-        ray.remote(Holder)
-        .options(
-            name=HOLDER,
-            namespace=NAMESPACE,
-            get_if_exists=True,
-            lifetime="detached",
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=-1,
-            # Else Ray keeps a record of every question, for pages that nobody looks at: megabytes an hour in its head
-            enable_task_events=False,
-            # Ray leaves an actor without GPUs all of them to see; the holder must not open one. Our own Ray hides them
-            # itself: an environment of its own would keep the holder from the worker process that is there already.
-            runtime_env={} if ours else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
-            # Where the archives are, of a cluster whose machines have no directory in common.
-            resources={"node:__internal_head__": 0.001} if ours else {},
-        )
-        .remote(capacity, ray.put, ray.get, ray.experimental.get_object_locations, mapped_elsewhere)
-    )
-    # Opens the connection to the holder, maps Plasma's arena and finds the raylet's file: 100 ms once a process, so
-    # that the first load takes what later ones take.
-    (reference,), offers = ray.get(holder.greet.remote())
-    page = Plasma(ray.get(reference))
-    page.map(0, 1)
-    return holder, page.raylet(), {digest: (_read(head), refs) for digest, (head, refs) in offers.items()}
-
-
-def mapped_elsewhere(places: Mapping[Any, Sequence[str]]) -> set[Any]:
-    """Of objects and the nodes that have them, those that readers of other nodes than this one have mapped.
-
-    For the holder. A task on each of these nodes looks; what is there of a node that does not answer counts as mapped.
-    """
-    here = ray.get_runtime_context().get_node_id()
-    asked: dict[str, list[Any]] = {}
-    for reference, found in places.items():
-        for node in found:
-            if node != here:
-                asked.setdefault(node, []).append(reference)
-    calls = {}
-    for node, references in asked.items():
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        calls[_look_there.options(scheduling_strategy=there).remote(references)] = references
-    answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_ASKING) if calls else ([], [])
-    mapped: set[Any] = set()
-    for call, references in calls.items():
-        answer = [True] * len(references)
-        if call in answered:
-            with contextlib.suppress(ray.exceptions.RayError):  # a node that was lost may still run
-                answer = ray.get(call)
-        else:
-            ray.cancel(call)  # as long as it waits for its machine, what is deleted would stay
-        mapped.update(reference for reference, is_mapped in zip(references, answer, strict=True) if is_mapped)
-    return mapped
-
-
-def _mapped_here(references: Sequence[Any]) -> list[bool]:
-    return are_mapped(references, ray.get)
-
-
-# Once: Ray's head keeps each that is made
-_look_there = ray.remote(num_cpus=0, max_retries=0, enable_task_events=False)(_mapped_here)
-
-
-def _look(address: str, holder: Any) -> tuple[dict[str, Size], dict[str, Any] | None]:
-    """What the raylet of this node tells of its store, and Ray's GCS of the holder.
-
-    Asked by connections of their own, and not as a client of Ray: such a one is ended with a raylet that it asks.
-    """
-    capacity, told = _plasma(address)
-    sizes: dict[str, Size] = {
-        "capacity": capacity,
-        "used": int(told.object_store_bytes_used),
-        "spilled": int(told.spilled_bytes_total),
-        "fallback": int(told.object_store_bytes_fallback),
-    }
-    return sizes, ray._private.state.state.actor_table(holder._actor_id.hex())
-
-
-def _plasma(address: str) -> tuple[int, Any]:
-    """Capacity of this node's Plasma in bytes, and what its raylet counts of it."""
-    here = ray.get_runtime_context().get_node_id()
-    found = GcsClient(address).get_all_node_info(timeout=_LOOKING)
-    node = next(node for number, node in found.items() if number.hex() == here)
-    stats = node_stats(node.node_manager_address, node.node_manager_port, include_memory_info=False).store_stats
-    return int(node.resources_total.get("object_store_memory", 0)), stats
-
-
-def _read(head: bytes) -> Head:
-    description, skeleton = pickle.loads(head)
-    _ = description.columns  # made once, and kept with it
-    return description, skeleton
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "")
