@@ -8,12 +8,12 @@ from typing import Any
 import dask
 import dask.array as da
 import pytest
-from distributed import Client, LocalCluster, span
+from distributed import Client, Event, LocalCluster, span
 
 import zcinfer as zc
 from zcinfer import dask_memory
 from zcinfer.cluster import worker_options
-from zcinfer.dask_memory import LOG_LENGTH, LOGGED, BoundedSpans, bound_spans, bound_sums
+from zcinfer.dask_memory import LOG_LENGTH, LOGGED, BoundedSpans, bound_spans, bound_sums, log_settings
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +35,66 @@ def compute(number: int) -> int:
 
 def test_spans_of_graphs_that_are_gone_are_forgotten_but_the_newest(bounded: tuple[Client, Any]) -> None:
     client, spans = bounded
-    kept = client.submit(int, 7, key="kept-7")
+    kept = client.submit(int, 7, key=("kept", 7))
     assert [compute(number) for number in range(30)] == [4 + 4 * number for number in range(30)]
     for number in range(10):
         with span("one", "more"):
             compute(number)
     roots = spans.root_spans
-    assert len(roots) <= 8 + 2 + 1
+    assert len(roots) < 2 * 8
     everything = {child for root in roots for child in root.traverse_spans()}
     assert set(spans.spans.values()) == everything
     for found in (spans.spans_search_by_name, spans.spans_search_by_tag):
         assert {one for some in found.values() for one in some} == everything
         assert all(found.values())
-    # What somebody holds has its span, and may be asked for again
-    group = client.cluster.scheduler.tasks["kept-7"].group
+    # What somebody holds has its span, to which a task of the same group comes later
+    group = client.cluster.scheduler.tasks["kept", 7].group
     assert spans.spans[group.span_id] in roots
-    assert client.submit(int, 7, key="kept-7").result() == kept.result() == 7
-    assert spans.merge_all().done  # what Dask's page shows
-    assert spans.merge_by_tags("one").cumulative_worker_metrics
+    assert client.submit(int, 8, key=("kept", 8)).result() == kept.result() + 1 == 8
+    assert group.states["memory"] + group.states["forgotten"] == 2
+
+
+def test_pages_of_spans_go_on_when_some_are_forgotten(bounded: tuple[Client, Any]) -> None:
+    _, spans = bounded
+    with span("training"):
+        compute(0)
+    assert spans.merge_by_tags("training").cumulative_worker_metrics is not None
+    for number in range(20):
+        compute(number)
+    assert "training" not in spans.spans_search_by_tag
+    assert spans.merge_by_tags("training").name == spans.merge_all().name
+
+
+def test_a_span_that_goes_on_forgets_what_is_gone_of_it(
+    bounded: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, spans = bounded
+    monkeypatch.setattr(dask_memory, "GROUPS", 5)
+    go_on = Event("go on")
+    busy = client.submit(lambda: Event("go on").wait(), key="busy")
+    for number in range(20):
+        compute(number)
+    group = client.cluster.scheduler.tasks["busy"].group
+    found = spans.spans[group.span_id]
+    assert len(found.groups) < 5 + 3 * 3
+    assert group in found.groups
+    assert len(found.metadata["collections"]) < 5 + 3
+    go_on.set()
+    busy.result()
+
+
+def test_many_results_that_are_held_are_looked_at_seldom(
+    bounded: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, spans = bounded
+    calls = []
+    monkeypatch.setattr(spans, "_forget", lambda: calls.append(1))
+    held = []
+    for number in range(200):
+        held.append(client.submit(int, number, key=(f"held-{number}", 0)))
+        held[-1].result()  # a span for each
+    assert len(spans.spans) > 200
+    assert len(calls) < 40  # not half of all
 
 
 def test_metrics_of_a_span_that_is_forgotten_harm_nobody(bounded: tuple[Client, Any]) -> None:
@@ -64,6 +106,20 @@ def test_metrics_of_a_span_that_is_forgotten_harm_nobody(bounded: tuple[Client, 
     assert spans.spans[newest].cumulative_worker_metrics["execute", "x", "y", "z"] == before + 2
 
 
+def test_spans_that_were_there_before_stay() -> None:
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        early = client.submit(int, 1, key=("early", 1))
+        early.result()
+        bound_spans(cluster.scheduler)
+        assert client.submit(int, 2, key=("early", 2)).result() == 2
+        del cluster.scheduler.extensions["spans"]
+        bound_spans(cluster.scheduler)
+        assert "spans" not in cluster.scheduler.extensions
+
+
 def test_sums_of_a_worker_are_forgotten_but_the_newest(
     bounded: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,24 +127,34 @@ def test_sums_of_a_worker_are_forgotten_but_the_newest(
     worker = next(iter(client.cluster.workers.values()))
     for number in range(10):
         compute(number)
-    (*_, newest) = [key for key in worker.digests_total if isinstance(key, tuple)]
-    names = {key for key in worker.digests_total if not isinstance(key, tuple)}
+    of_spans = [key for key in worker.digests_total if isinstance(key, tuple) and key[0] == "execute"]
+    others = worker.digests_total.keys() - set(of_spans)
     monkeypatch.setattr(dask_memory, "SUMS", 5)
     bound_sums(worker)
-    left = [key for key in worker.digests_total if isinstance(key, tuple)]
-    assert len(left) == 5
-    assert left[-1] == newest
-    assert names <= set(worker.digests_total)
-    assert len(worker.digests_max) <= len(names) + 5
+    assert [key for key in worker.digests_total if key in of_spans] == of_spans[-5:]
+    assert others <= worker.digests_total.keys()
+    assert len(worker.digests_max) <= len(others) + 5
     assert compute(3) == 16
 
 
 def test_logs_are_short_unless_their_length_is_chosen() -> None:
+    nested = {"distributed": {"admin": {"low-level-log-length": 2000}}}
     assert worker_options(1)["config"][LOG_LENGTH] == LOGGED
-    with dask.config.set({LOG_LENGTH: 50}), zc.LocalCluster(n_workers=1, dashboard=False) as cluster:
+    assert LOG_LENGTH not in worker_options(1, config=nested)["config"]
+    assert worker_options(1, config={LOG_LENGTH: 2000})["config"][LOG_LENGTH] == 2000
+    for chosen in (50, None):
+        with dask.config.set({LOG_LENGTH: chosen}):
+            assert log_settings({}) == {}
+
+
+def test_workers_of_a_cluster_have_the_bounds() -> None:
+    with zc.LocalCluster(n_workers=1, dashboard=False) as cluster, cluster.get_client() as client:
         assert isinstance(cluster.scheduler.extensions["spans"], BoundedSpans)
-        with cluster.get_client() as client:
-            (length,) = client.run(lambda dask_worker: dask_worker.profile_history.maxlen).values()
-            (others,) = client.run(lambda: dask.config.get("distributed.admin.event-loop")).values()
-    assert length == 50
-    assert others == dask.config.get("distributed.admin.event-loop")
+        (found,) = client.run(
+            lambda dask_worker: (
+                dask_worker.profile_history.maxlen,
+                dask_worker.periodic_callbacks["zcinfer-sums"].is_running(),
+                dask.config.get("distributed.admin.event-loop"),
+            )
+        ).values()
+    assert found == (LOGGED, True, dask.config.get("distributed.admin.event-loop"))

@@ -84,7 +84,7 @@ def web(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     directory = tmp_path / "web"
     directory.mkdir()
     with Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(directory))) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield directory, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -22,7 +22,7 @@ from dask.system import cpu_count
 
 from .activation import Activation, check_installed, is_installed
 from .config import settings
-from .dask_memory import LOG_LENGTH, bound_spans, log_length
+from .dask_memory import bound_spans, log_settings
 from .device import ORDER, VISIBLE
 from .errors import SettingsError
 from .nanny import THREAD_VARIABLES, Nanny
@@ -251,7 +251,7 @@ def worker_options(
     ours = {"zcinfer": {**settings(), "jobs": jobs_per_gpu or n_workers or cores, "computing": 1}}
     return {
         "env": dict.fromkeys(THREAD_VARIABLES, str(threads)) | (env or {}),
-        "config": dask.config.merge({LOG_LENGTH: log_length()}, ours, config or {}),
+        "config": dask.config.merge(log_settings(config or {}), ours, config or {}),
         "preload": _preloads(preload),
         "local_directory": str(local_directory or scratch_directory()),
     }

@@ -1,76 +1,107 @@
 """What Dask keeps of each graph and second, within bounds, so that a cluster of ours may run for weeks.
 
 Dask keeps a span for each graph, and sums of its metrics for each, for good: 20 kB in the scheduler and 6 kB in each
-worker. Its logs for developers and its profiles keep the last thousand entries, 50 MB in a worker. Not for schedulers
-that others start.
+worker. Logs and profiles of a worker keep the last thousand entries, 50 MB. Not for schedulers that others start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import dask.config
-from distributed.spans import Span, SpansSchedulerExtension
+from distributed.spans import CONTEXTS_WITH_SPAN_ID, Span, SpansSchedulerExtension
 
-# Entries of each of Dask's logs, and seconds of its profiles
+# Entries of each of Dask's logs, events of a topic, and seconds of profiles
 LOGGED = 100
-# Ended spans, for Dask's page of what tasks spend their time on, and sums of metrics that a worker has by span
-SPANS, SUMS = 200, 500
+# Ended spans, for Dask's page of what tasks spend their time on; groups of tasks that are gone in one that goes on; and
+# sums of metrics that a worker has by span
+SPANS, GROUPS, SUMS = 200, 1000, 500
 
 LOG_LENGTH = "distributed.admin.low-level-log-length"
-_DASKS_LENGTH = 1000
 
 
 class BoundedSpans(SpansSchedulerExtension):  # type: ignore[misc]
     """Dask's spans, of which the oldest are forgotten once Dask has forgotten their tasks."""
 
+    spans: dict[str, Span]
     root_spans: list[Span]
+
+    def __init__(self, scheduler: Any):
+        super().__init__(scheduler)
+        self._graphs = self._next = 0
 
     def observe_tasks(self, *arguments: Any, **keywords: Any) -> Any:
         """As Dask's: take up the tasks of a new graph."""
         found = super().observe_tasks(*arguments, **keywords)
-        if len(self.root_spans) > SPANS + SPANS // 4:  # not for each graph: to forget one is to look at all
+        self._graphs += 1
+        if self._graphs >= self._next:
             self._forget()
+            # To forget is to look at all: the more there are, the less often
+            self._next = self._graphs + max(SPANS, len(self.spans)) // 4
         return found
 
     def heartbeat(self, ws: Any, data: dict[tuple[Any, ...], float]) -> None:
         """As Dask's: add up what a worker tells, but for spans that are forgotten."""
         super().heartbeat(ws, {key: value for key, value in data.items() if key[1] in self.spans})
 
+    def merge_by_tags(self, *tags: str) -> Span:
+        """As Dask's; of all spans where those with the tags are forgotten, since its page offers them on."""
+        known = [tag for tag in tags if tag in self.spans_search_by_tag]
+        return super().merge_by_tags(*known) if known else self.merge_all()
+
     def _forget(self) -> None:
-        gone = {span for span in self.root_spans[:-SPANS] if not self._is_needed(span)}
-        self.root_spans = [span for span in self.root_spans if span not in gone]
-        for span in (child for root in gone for child in root.traverse_spans()):
-            del self.spans[span.id]
-            _remove(self.spans_search_by_name, span.name, span)
-            for tag in set(span.name):
-                _remove(self.spans_search_by_tag, tag, span)
+        gone = {
+            span
+            for root in self.root_spans[:-SPANS]
+            if not any(self._is_there(group) for group in root.traverse_groups())
+            for span in root.traverse_spans()
+        }
+        if gone:
+            self.root_spans = [span for span in self.root_spans if span not in gone]
+            self.spans = {number: span for number, span in self.spans.items() if span not in gone}
+            for found in (self.spans_search_by_name, self.spans_search_by_tag):
+                for key in {key for span in gone for key in (span.name, *span.name)} & found.keys():
+                    found[key] = [span for span in found[key] if span not in gone]
+                    if not found[key]:
+                        del found[key]
+        for span in self.spans.values():
+            self._shorten(span)
 
-    def _is_needed(self, span: Span) -> bool:
-        groups = self.scheduler.task_groups
-        return any(groups.get(group.name) is group for group in span.traverse_groups())
+    def _shorten(self, span: Span) -> None:
+        """Forget what is gone of a span that goes on, as that of a cluster that is never without tasks."""
+        if len(span.groups) > GROUPS:
+            span.groups = {group for group in span.groups if self._is_there(group)}
+        if span.metadata is not None:
+            del span.metadata["collections"][:-GROUPS]
+        for code in list(span._code)[:-GROUPS]:
+            del span._code[code]
 
-
-def _remove(found: dict[Any, list[Span]], key: Any, span: Span) -> None:
-    found[key] = [other for other in found[key] if other is not span]
-    if not found[key]:
-        del found[key]
+    def _is_there(self, group: Any) -> bool:
+        return self.scheduler.task_groups.get(group.name) is group
 
 
 def bound_spans(scheduler: Any) -> None:
-    """Keep the spans of a scheduler that has had no graph yet within bounds."""
-    scheduler.extensions["spans"] = BoundedSpans(scheduler)
+    """Keep the spans of a scheduler within bounds, if it has any."""
+    if (theirs := scheduler.extensions.get("spans")) is not None:
+        ours = scheduler.extensions["spans"] = BoundedSpans(scheduler)
+        ours.__dict__.update(theirs.__dict__)  # a client may have been faster
 
 
 def bound_sums(worker: Any) -> None:
     """Forget the oldest sums by span of a worker, which Dask writes and never reads."""
     for sums in (worker.digests_total, worker.digests_max):
         if len(sums) > 2 * SUMS:
-            for key in [key for key in sums if isinstance(key, tuple)][:-SUMS]:
+            for key in [key for key in sums if _has_span(key)][:-SUMS]:
                 del sums[key]
 
 
-def log_length() -> int:
-    """How many entries Dask's logs are to keep in processes of ours: few, unless the user has chosen a number."""
-    chosen: int = dask.config.get(LOG_LENGTH)
-    return LOGGED if chosen == _DASKS_LENGTH else chosen
+def _has_span(key: Hashable) -> bool:
+    return isinstance(key, tuple) and key[0] in CONTEXTS_WITH_SPAN_ID
+
+
+def log_settings(config: dict[str, Any]) -> dict[str, int]:
+    """Dask's setting for its logs: few entries, unless the user or the configuration given has chosen a number."""
+    default = dask.config.get(LOG_LENGTH, None, config=dask.config.merge(*dask.config.defaults))
+    chosen = [dask.config.get(LOG_LENGTH, default, config=one) for one in (config, dask.config.config)]
+    return {LOG_LENGTH: LOGGED} if all(length == default for length in chosen) else {}

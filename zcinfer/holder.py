@@ -1,7 +1,7 @@
 """The actor that owns the models in Ray's shared memory, and puts them there from their archives, on demand.
 
-What a Ray object needs is an owner that lives: readers come and go. Not for how it is reached (`ray_store`), which is
-also what gives it Ray's put and get.
+What a Ray object needs is an owner that lives: readers come and go. Not for how it is reached (`ray_holder`), which
+is also what gives it Ray's put and get.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def are_mapped(references: Sequence[Any], get: Callable[..., Bytes]) -> list[boo
 def _is_mapped(reference: Any, get: Callable[..., Bytes], spans: dict[tuple[int, int], list[tuple[int, int]]]) -> bool:
     try:
         found = Plasma(get(reference, timeout=_ANSWERED_WITHIN))
-    except TimeoutError:  # Ray's is one: too busy to tell, so it stays
+    except TimeoutError:  # Ray's is one: too busy to tell, or on its way back from the disk; it stays
         return True
     except Exception:  # spilled or lost meanwhile: not in memory, and so in nobody's
         return False

@@ -32,6 +32,10 @@ ASKING = 5
 
 
 def find_holder(ours: bool) -> tuple[Any, int | None, dict[str, tuple[Head, Any]]]:
+    """The holder of the Ray that this process is in, made where there is none; its raylet's process; what it offers.
+
+    ``ours``: the Ray is one that we started.
+    """
     capacity = min(
         (int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["Alive"]), default=0
     )

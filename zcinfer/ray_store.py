@@ -211,8 +211,9 @@ class RayStore:
     def bring(self, digest: str) -> int:
         if digest in self._mapped:
             return 0
-        # Who brings a model before it is needed would rather wait than be refused
-        sleep(max(0.0, min(self._retry_at - monotonic(), _RESPITE)))
+        left = self._retry_at - monotonic()
+        if 0 < left <= _RESPITE and self.alive:
+            sleep(left)  # who brings a model before it is needed would rather wait than be refused
         found, nbytes = self._within(self._patience(digest), lambda: self._bring(digest))
         self._keep(digest, found)
         self._is_on_disk(digest, found)

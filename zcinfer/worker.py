@@ -33,6 +33,8 @@ from .pinning import bind_to_device, spans
 TOLD = 60.0
 # Seconds after the last task until freed memory is given back, or twice that
 REST = 2.0
+# Seconds from one look at what Dask keeps for good to the next
+BOUNDED = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,6 @@ class Rest:
 
     async def look(self) -> None:
         """Look whether there is something to do; at the second look without, give back."""
-        bound_sums(self._worker)
         state = self._worker.state
         rests = not state.executing and not state.ready and state.executed_count == self._seen
         self._seen = state.executed_count
@@ -134,6 +135,8 @@ def dask_setup(worker: Any) -> None:
     threading.Thread(target=import_module, args=("torch",), name="zcinfer-import").start()
     tell_counters(worker)
     sampling.start(worker.scheduler.address)
+    worker.periodic_callbacks["zcinfer-sums"] = bounds = PeriodicCallback(lambda: bound_sums(worker), 1000 * BOUNDED)
+    bounds.start()
     if sys.platform != "linux":
         # Only Linux tells shared memory apart.
         return

@@ -122,7 +122,11 @@ class Nodes:
         assert self.program.stdin is not None
         assert self.program.stdout is not None
         print(seconds, file=self.program.stdin, flush=True)
-        told: dict[str, Any] = json.loads(self.program.stdout.readline())
+        line = self.program.stdout.readline()
+        if not line:
+            printed = "\n".join(command.printed[-4000:] for command in self._started)
+            raise SystemExit(f"the program ended, see above; what the nodes have printed last:\n{printed}")
+        told: dict[str, Any] = json.loads(line)
         time.sleep(REST)
         return told
 
