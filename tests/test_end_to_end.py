@@ -159,7 +159,10 @@ def test_a_killed_demo_leaves_nothing(world: World, number: signal.Signals, mome
     program = world.start("demo", "--quick", "--out", str(world.directory / "out.zarr"))
     after_line(moment)(program)
     program.send_signal(number)
-    program.communicate(timeout=20)
+    try:
+        program.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"still there after 20 s: {[(p.pid, p.cmdline()) for p in world.processes()]}")
     assert program.returncode != 0
     world.assert_nothing_left()
     assert not (world.directory / "out.zarr").exists()
