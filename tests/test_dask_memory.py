@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import dask
-import dask.array as da
 import pytest
-from distributed import Client, Event, LocalCluster, span
+from distributed import Client, Event, LocalCluster, default_client, span
+from processes import wait_until
 
 import zcinfer as zc
 from zcinfer import dask_memory
@@ -29,8 +30,17 @@ def bounded() -> Iterator[tuple[Client, Any]]:
         yield client, cluster.scheduler.extensions["spans"]
 
 
+_graphs = itertools.count()
+
+
 def compute(number: int) -> int:
-    return int((da.ones(4, chunks=2) + number).sum().compute())
+    """Four times what follows ``number``, by a graph that Dask has forgotten afterwards."""
+    client, group = default_client(), f"graph-{next(_graphs)}"
+    future = client.submit(lambda: 4 + 4 * number, key=(group, 0))
+    found: int = future.result()
+    future.release()
+    wait_until(lambda: group not in client.cluster.scheduler.task_groups)
+    return found
 
 
 def test_spans_of_graphs_that_are_gone_are_forgotten_but_the_newest(bounded: tuple[Client, Any]) -> None:
@@ -81,6 +91,20 @@ def test_a_span_that_goes_on_forgets_what_is_gone_of_it(
     assert len(found.metadata["collections"]) < 5 + 3
     go_on.set()
     busy.result()
+
+
+def test_a_long_span_that_has_ended_tells_when(bounded: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, spans = bounded
+    with span("long") as number:
+        for n in range(20):
+            compute(n)
+    monkeypatch.setattr(dask_memory, "GROUPS", 5)
+    spans._forget()
+    long = spans.spans[number]
+    assert long.done
+    assert long.enqueued < long.stop <= max(group.stop for group in long.groups)
+    assert len(long.groups) == 5
+    assert spans.merge_all().stop >= long.stop
 
 
 def test_many_results_that_are_held_are_looked_at_seldom(

@@ -13,13 +13,12 @@ from typing import Any
 import ray
 import ray.experimental
 from ray._private.internal_api import node_stats
-from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .condition import Size
 from .description import Description
 from .holder import Holder, are_mapped
-from .ray_session import NAMESPACE
+from .ray_session import NAMESPACE, node_infos
 from .sharing import Plasma
 
 Head = tuple[Description, bytes]  # description and skeleton of a model
@@ -121,13 +120,14 @@ def look(address: str, holder: Any) -> tuple[dict[str, Size], dict[str, Any] | N
 def plasma(address: str) -> tuple[int, Any]:
     """Capacity of this node's Plasma in bytes, and what its raylet counts of it."""
     here = ray.get_runtime_context().get_node_id()
-    found = GcsClient(address).get_all_node_info(timeout=LOOKING)
+    found = node_infos(address, LOOKING)
     node = next(node for number, node in found.items() if number.hex() == here)
     stats = node_stats(node.node_manager_address, node.node_manager_port, include_memory_info=False).store_stats
     return int(node.resources_total.get("object_store_memory", 0)), stats
 
 
 def read_head(head: bytes) -> Head:
+    """Description and skeleton, as the holder gives them."""
     description, skeleton = pickle.loads(head)
     _ = description.columns  # made once, and kept with it
     return description, skeleton

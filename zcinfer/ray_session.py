@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
@@ -150,6 +151,12 @@ def why_silent(address: str) -> str:
     )
 
 
+def node_infos(address: str, seconds: float) -> dict[Any, Any]:
+    """What the head of a Ray knows of each node, by the node's id; asked without entering it."""
+    found: dict[Any, Any] = GcsClient(address).get_all_node_info(timeout=seconds)
+    return found
+
+
 def nodes(address: str, environment: Mapping[str, str | None], seconds: float) -> list[str] | None:
     """Addresses of the nodes of the Ray at ``address``, without entering it; None: it refuses the token.
 
@@ -160,7 +167,7 @@ def nodes(address: str, environment: Mapping[str, str | None], seconds: float) -
     """
 
     def ask() -> list[str]:
-        found = GcsClient(address).get_all_node_info(timeout=seconds).values()
+        found = node_infos(address, seconds).values()
         return [node.node_manager_address for node in found if node.state == GcsNodeInfo.ALIVE]
 
     before = _set(environment)
@@ -204,4 +211,5 @@ def _users_token() -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error of Ray's says, without the traces of other processes that follow."""
     return next((line for line in str(error).splitlines() if line.strip()), "")
