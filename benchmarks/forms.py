@@ -152,11 +152,13 @@ def readers(forms: Mapping[str, Any], only: str | None = None) -> dict[str, Call
     file_ref, file_variant = (dataclasses.replace(r, store=f"file:{directory}/registry") for r in (ref, variant))
     objects: dict[str, Any] = {}
     if only not in WITHOUT_RAY:
-        if only not in (None, RAY, RAY_VARIANT):
+        ours = only in (RAY, RAY_VARIANT)
+        if only is not None and not ours:
             parts.warm_up = int  # type: ignore[assignment]  # ray.init() of others does nothing of the kind
         stores.open_store(ref.store)
-        objects = ray.cloudpickle.loads(forms["objects"])
-    stores.open_store(file_ref.store)
+        objects = {} if ours else ray.cloudpickle.loads(forms["objects"])
+    if only in (None, FILE, FILE_VARIANT):
+        stores.open_store(file_ref.store)
 
     def meta_and_safetensors() -> nn.Module:
         with torch.device("meta"):

@@ -1,8 +1,9 @@
 """How long does a model take to load, and what memory does each further reader need? Beside all other ways.
 
 One process publishes each model in every form; the processes that load it are forked from one that has the imports done
-and has never been in Ray. *Cold* is the first load of such a process, *warm* a new module again in one process, all
-ways in turn. Every loaded model's output is compared with the original's, bit by bit. One thread.
+and has never been in Ray. *Cold* is the first load of such a process, after it has connected to Ray or opened the file
+store (a column of its own: entering Ray takes a hundred times as long as a load); *warm* a new module again in one
+process, all ways in turn. Every loaded model's output is compared with the original's, bit by bit. One thread.
 
 All files are in the page cache, which shares memory-mapped files between processes as well as Ray does on one machine.
 Pages are touched by the first forward: see "cold + first forward", and not the load alone, where a model is used once.
@@ -89,6 +90,7 @@ def measure_one(name: str, forms: Mapping[str, Any], warm_rounds: int, cold_roun
         **{key: forms[key] for key in ("modules", "tensors", "nbytes")},
         "put": {way: summary(seconds) for way, seconds in forms["put_seconds"].items()},
         "cold": {way: summary([found["load"] for found in cold[way]]) for way in ways},
+        "connect": {way: summary([found["connect"] for found in cold[way]]) for way in ways},
         "cold_and_forward": {way: summary([found["load"] + found["forward"] for found in cold[way]]) for way in ways},
         "warm": {way: summary(seconds) for way, seconds in warm["load"].items()},
         "resident": {key: summary(seconds) for key, seconds in warm["resident"].items()},
@@ -97,12 +99,13 @@ def measure_one(name: str, forms: Mapping[str, Any], warm_rounds: int, cold_roun
 
 
 def first_load(forms: Mapping[str, Any], way: str) -> dict[str, float]:
-    load = readers(forms, way)[way]
     begin = perf_counter()
+    load = readers(forms, way)[way]
+    connected = perf_counter()
     model = load()
     loaded = perf_counter()
     check(model, forms, way)
-    return {"load": loaded - begin, "forward": perf_counter() - loaded}
+    return {"connect": connected - begin, "load": loaded - connected, "forward": perf_counter() - loaded}
 
 
 def touched(forms: Mapping[str, Any], way: str) -> dict[str, int]:
@@ -225,13 +228,14 @@ def compare(results: Mapping[str, Any]) -> dict[str, Any]:
 def tables(results: Mapping[str, Any]) -> list[Table]:
     """A table for each model, one of what is done once, one of the variants."""
     columns = {"way": "", "warm, times as long": "x", "cold, times as long": "x", "warm": "ms", "cold": "ms",
-               "cold + first forward": "ms", "private": "MB", "shared": "MB"}  # fmt: skip
+               "cold + first forward": "ms", "connecting, before": "ms", "private": "MB", "shared": "MB"}  # fmt: skip
     shown, once = [], []
     for name, found in results["models"].items():
         ours = {kind: found[kind][RAY]["median"] for kind in ("warm", "cold")}
         rows = [
             [way, warm["median"] / ours["warm"], found["cold"][way]["median"] / ours["cold"], warm, found["cold"][way],
-             found["cold_and_forward"][way], found["memory"][way]["private"], found["memory"][way]["shared"]]
+             found["cold_and_forward"][way], found["connect"][way]["median"],
+             found["memory"][way]["private"], found["memory"][way]["shared"]]
             for way, warm in found["warm"].items()
         ]  # fmt: skip
         size = f"{found['nbytes'] / 1e6:,.0f} MB, {found['tensors']:,} tensors, {found['modules']:,} modules"

@@ -45,6 +45,7 @@ class World:
             "DASK_ZCINFER__REGISTRY": str(directory / "registry"),
             "XDG_STATE_HOME": str(directory / "state"),
             "TMPDIR": str(self.temporary),
+            "PYTHONFAULTHANDLER": "1",
         }
         self.shared_memory = orphaned_shared_memory()
 
@@ -162,7 +163,10 @@ def test_a_killed_demo_leaves_nothing(world: World, number: signal.Signals, mome
     try:
         program.communicate(timeout=20)
     except subprocess.TimeoutExpired:
-        pytest.fail(f"still there after 20 s: {[(p.pid, p.cmdline()) for p in world.processes()]}")
+        left = [(p.pid, p.cmdline()) for p in world.processes()]
+        program.send_signal(signal.SIGABRT)  # which has each thread tell where it is
+        _, told = program.communicate(timeout=20)
+        pytest.fail(f"still there after 20 s: {left}\n{told}")
     assert program.returncode != 0
     world.assert_nothing_left()
     assert not (world.directory / "out.zarr").exists()

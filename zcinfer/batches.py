@@ -76,20 +76,20 @@ class Lengths:
 
 
 def in_halves(
-    run: Callable[[Sequence[Array]], list[Array]],
-    batch: Sequence[Array],
+    run: Callable[[Index], None],
+    rows: Index,
     most: Callable[[], int | None],
     is_too_large: Callable[[Exception], bool],
     told: Callable[[int], None],
-) -> list[Array]:
+) -> None:
     """Run a batch, in halves where it is too large.
 
     Parameters
     ----------
     run : callable
-        Gives the outputs of a batch.
-    batch : sequence of numpy.ndarray
-        ``(rows, ...)`` each.
+        Runs such rows, from cutting them out to putting their outputs in place.
+    rows : slice or numpy.ndarray
+        The batch's.
     most : callable
         More rows than it gives are known to be too many.
     is_too_large : callable
@@ -97,21 +97,31 @@ def in_halves(
     told : callable
         Called with the number of rows that were too many; `most` knows from then on.
     """
-    rows, known = len(batch[0]), most()
-    if known is None or rows <= known:
+    count, known = _count(rows), most()
+    if known is None or count <= known:
         try:
-            return run(batch)
+            return run(rows)
         except Exception as error:
-            if rows == 1 or not is_too_large(error):
+            if count == 1 or not is_too_large(error):
                 raise
             error.__traceback__ = None  # it holds the tensors that did not fit
-        told(rows)
+        told(count)
     # The same cuts whatever was known before: halves of the batch, and not as many rows as would fit.
-    half = (rows + 1) // 2
-    halves = [[array[i] for array in batch] for i in (slice(half), slice(half, rows))]
-    # Copies: what a model gives may be memory of its own, which its next call writes to.
-    parts = [[array.copy() for array in in_halves(run, part, most, is_too_large, told)] for part in halves]
-    return [np.concatenate(pair) for pair in zip(*parts, strict=True)]
+    half = (count + 1) // 2
+    for part in _parts(rows, half):
+        in_halves(run, part, most, is_too_large, told)
+
+
+def _count(rows: Index) -> int:
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
+
+
+def _parts(rows: Index, first: int) -> tuple[Index, Index]:
+    """The first so many rows, and the others."""
+    if isinstance(rows, slice):
+        middle = rows.start + first
+        return slice(rows.start, middle), slice(middle, rows.stop)
+    return rows[:first], rows[first:]
 
 
 def name_of(rows: Index, first_row: int | None) -> str:

@@ -22,7 +22,7 @@ from dask.system import cpu_count
 
 from .activation import Activation, check_installed, is_installed
 from .config import settings
-from .dask_memory import bound_spans, log_settings
+from .dask_upkeep import bound_spans, tick_seldom, upkeep_settings
 from .device import ORDER, VISIBLE
 from .errors import SettingsError
 from .nanny import THREAD_VARIABLES, Nanny
@@ -115,6 +115,7 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
             self.worker_spec = {name: self._pinned(options) for name, options in self._pinning.workers().items()}
         await super()._start()
         bound_spans(self.scheduler)
+        tick_seldom(self.scheduler)
         await self.scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
         if self._dashboard:
             self._activation = Activation(self.scheduler_address, self.security)
@@ -251,7 +252,7 @@ def worker_options(
     ours = {"zcinfer": {**settings(), "jobs": jobs_per_gpu or n_workers or cores, "computing": 1}}
     return {
         "env": dict.fromkeys(THREAD_VARIABLES, str(threads)) | (env or {}),
-        "config": dask.config.merge(log_settings(config or {}), ours, config or {}),
+        "config": dask.config.merge(upkeep_settings(config or {}), ours, config or {}),
         "preload": _preloads(preload),
         "local_directory": str(local_directory or scratch_directory()),
     }

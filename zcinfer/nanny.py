@@ -13,6 +13,7 @@ from typing import Any
 
 import distributed
 
+from .dask_upkeep import tick_seldom
 from .device import ORDER, VISIBLE, gone
 from .pinning import starting_with
 
@@ -34,6 +35,7 @@ class Nanny(distributed.Nanny):  # type: ignore[misc]
 
     def __init__(self, *args: Any, env: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, env=env, **kwargs)
+        tick_seldom(self)
         self.pre_spawn_env.update({name: str(env[name]) for name in THREAD_VARIABLES})
         self.born_with = {name: str(env[name]) for name in (VISIBLE, ORDER) if name in env}
         self.patience = float("inf")

@@ -26,7 +26,7 @@ from distributed.system import MEMORY_LIMIT
 
 from . import config, own_ray
 from .cluster import INTERRUPTED, LOOPBACK, check_unpinned, scratch_directory, worker_options
-from .dask_memory import bound_spans, log_settings
+from .dask_upkeep import bound_spans, upkeep_settings
 from .errors import NodeError, SettingsError
 from .joining import HEAD, STORE, Offer, ask, local_host, protocol, versions
 from .keeper import ALONE, OwnRay, Place, token_path
@@ -158,7 +158,7 @@ def serve(role: Head | Member, workers: Workers, announce: Callable[[str], objec
     """
     # What is lost while a cluster ends is no news
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    with dask.config.set(log_settings({})):
+    with dask.config.set(upkeep_settings({})):
         asyncio.run(_serve(role, workers, announce))
 
 

@@ -463,26 +463,36 @@ class Predictor:
                     return
                 with nullcontext() if turns else computing():
                     clock.lap(_WAITING)
-                    run: Callable[..., list[Array]] = Forward(
-                        called, self.call, self._bound(), self.keywords, device, clock, for_batch
-                    )
+                    run = Forward(called, self.call, self._bound(), self.keywords, device, clock, for_batch)
+                    run_rows = partial(self._run_rows, run, results, blocks, lengths, clock)
                     for rows in cut(len(blocks[0]), batch_rows, order):
                         try:
-                            batch, forward = [block[rows] for block in blocks], run
-                            if lengths is not None:
-                                batch, trimmed = lengths.trimmed(batch, rows)
-                                forward = partial(run, trimmed=trimmed)
-                            outputs = in_halves(forward, batch, place.ceiling, is_out_of_memory, too_many)
+                            in_halves(partial(run_rows, rows), rows, place.ceiling, is_out_of_memory, too_many)
                         except Exception as error:
                             cause = self._cause(error)
                             raise failed(name(rows), cause) from cause
-                        for result, output in zip(results, outputs, strict=True):
-                            result[rows] = output
-                        clock.lap(_FROM_DEVICE)
         except ZcinferError:
             raise
         except Exception as error:
             raise failed(f"{name()}: it cannot be used on {device}", error) from error
+
+    @staticmethod
+    def _run_rows(
+        forward: Forward,
+        results: Sequence[Array],
+        blocks: Sequence[Array],
+        lengths: Lengths | None,
+        clock: Clock,
+        batch: Index,
+        rows: Index,
+    ) -> None:
+        """Run a batch, or some of its rows, as long as the whole of it is; fill their results."""
+        inputs, trimmed = [block[rows] for block in blocks], None
+        if lengths is not None:
+            inputs, trimmed = lengths.trimmed(inputs, batch)
+        for result, output in zip(results, forward(inputs, trimmed), strict=True):
+            result[rows] = output
+        clock.lap(_FROM_DEVICE)
 
     def _has_flowed(
         self,

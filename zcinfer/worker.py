@@ -25,7 +25,7 @@ from distributed.worker_memory import NannyMemoryManager
 from tornado.ioloop import PeriodicCallback
 
 from . import prometheus, sampling, stores, telemetry
-from .dask_memory import bound_sums
+from .dask_upkeep import bound_sums
 from .memory import give_back_freed, keep_freed, process_memory
 from .pinning import bind_to_device, spans
 

@@ -12,9 +12,9 @@ from distributed import Client, Event, LocalCluster, default_client, span
 from processes import wait_until
 
 import zcinfer as zc
-from zcinfer import dask_memory
+from zcinfer import dask_upkeep
 from zcinfer.cluster import worker_options
-from zcinfer.dask_memory import LOG_LENGTH, LOGGED, BoundedSpans, bound_spans, bound_sums, log_settings
+from zcinfer.dask_upkeep import SETTINGS, TICK, BoundedSpans, bound_spans, bound_sums, upkeep_settings
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def bounded() -> Iterator[tuple[Client, Any]]:
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
-        patch.setattr(dask_memory, "SPANS", 8)
+        patch.setattr(dask_upkeep, "SPANS", 8)
         bound_spans(cluster.scheduler)
         yield client, cluster.scheduler.extensions["spans"]
 
@@ -79,7 +79,7 @@ def test_a_span_that_goes_on_forgets_what_is_gone_of_it(
     bounded: tuple[Client, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, spans = bounded
-    monkeypatch.setattr(dask_memory, "GROUPS", 5)
+    monkeypatch.setattr(dask_upkeep, "GROUPS", 5)
     go_on = Event("go on")
     busy = client.submit(lambda: Event("go on").wait(), key="busy")
     for number in range(20):
@@ -98,7 +98,7 @@ def test_a_long_span_that_has_ended_tells_when(bounded: tuple[Client, Any], monk
     with span("long") as number:
         for n in range(20):
             compute(n)
-    monkeypatch.setattr(dask_memory, "GROUPS", 5)
+    monkeypatch.setattr(dask_upkeep, "GROUPS", 5)
     spans._forget()
     long = spans.spans[number]
     assert long.done
@@ -153,7 +153,7 @@ def test_sums_of_a_worker_are_forgotten_but_the_newest(
         compute(number)
     of_spans = [key for key in worker.digests_total if isinstance(key, tuple) and key[0] == "execute"]
     others = worker.digests_total.keys() - set(of_spans)
-    monkeypatch.setattr(dask_memory, "SUMS", 5)
+    monkeypatch.setattr(dask_upkeep, "SUMS", 5)
     bound_sums(worker)
     assert [key for key in worker.digests_total if key in of_spans] == of_spans[-5:]
     assert others <= worker.digests_total.keys()
@@ -161,24 +161,45 @@ def test_sums_of_a_worker_are_forgotten_but_the_newest(
     assert compute(3) == 16
 
 
-def test_logs_are_short_unless_their_length_is_chosen() -> None:
-    nested = {"distributed": {"admin": {"low-level-log-length": 2000}}}
-    assert worker_options(1)["config"][LOG_LENGTH] == LOGGED
-    assert LOG_LENGTH not in worker_options(1, config=nested)["config"]
-    assert worker_options(1, config={LOG_LENGTH: 2000})["config"][LOG_LENGTH] == 2000
-    for chosen in (50, None):
-        with dask.config.set({LOG_LENGTH: chosen}):
-            assert log_settings({}) == {}
+@pytest.mark.parametrize(("name", "other"), [*zip(SETTINGS, (2000, "5ms", "5ms"), strict=True)])
+def test_settings_are_ours_unless_they_are_chosen(name: str, other: Any) -> None:
+    nested: Any = other
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    assert worker_options(1)["config"][name] == SETTINGS[name]
+    assert name not in worker_options(1, config=nested)["config"]
+    assert worker_options(1, config={name: other})["config"][name] == other
+    for chosen in (other, None):
+        with dask.config.set({name: chosen}):
+            assert upkeep_settings({}) == {one: value for one, value in SETTINGS.items() if one != name}
 
 
-def test_workers_of_a_cluster_have_the_bounds() -> None:
+def test_clusters_have_the_bounds() -> None:
+    def find(dask_worker: Any) -> tuple[Any, ...]:
+        callbacks = dask_worker.periodic_callbacks
+        return (
+            dask_worker.profile_history.maxlen,
+            callbacks["profile"].callback_time,
+            callbacks["tick"].callback_time,
+            callbacks["zcinfer-sums"].is_running(),
+            dask.config.get("distributed.admin.event-loop"),
+        )
+
     with zc.LocalCluster(n_workers=1, dashboard=False) as cluster, cluster.get_client() as client:
         assert isinstance(cluster.scheduler.extensions["spans"], BoundedSpans)
-        (found,) = client.run(
-            lambda dask_worker: (
-                dask_worker.profile_history.maxlen,
-                dask_worker.periodic_callbacks["zcinfer-sums"].is_running(),
-                dask.config.get("distributed.admin.event-loop"),
-            )
-        ).values()
-    assert found == (LOGGED, True, dask.config.get("distributed.admin.event-loop"))
+        for server in (cluster.scheduler, *cluster.workers.values()):
+            assert server.periodic_callbacks["tick"].callback_time == 100
+        (found,) = client.run(find).values()
+    assert found == (100, 100, 100, True, dask.config.get("distributed.admin.event-loop"))
+
+
+def test_a_number_that_is_chosen_holds_for_scheduler_and_nannies() -> None:
+    with (
+        dask.config.set({TICK: "30ms"}),
+        zc.LocalCluster(n_workers=1, dashboard=False) as cluster,
+        cluster.get_client() as client,
+    ):
+        servers = (cluster.scheduler, *cluster.workers.values())
+        assert [server.periodic_callbacks["tick"].callback_time for server in servers] == [30, 30]
+        found = client.run(lambda dask_worker: dask_worker.periodic_callbacks["tick"].callback_time)
+        assert [*found.values()] == [30]
