@@ -165,12 +165,29 @@ def overheads(found: Mapping[str, Any]) -> list[Table]:
     """What zcinfer costs by itself."""
     made = []
     if block := found.get("per_block"):
-        rows = [[way, seconds, block["per_block"][way]] for way, seconds in block["seconds"].items()]
+        rows = [
+            [
+                way,
+                seconds,
+                seconds["median"] / block["blocks"],
+                block["per_block"][way],
+                used["workers"],
+                used["scheduler"],
+            ]
+            for (way, seconds), used in zip(block["seconds"].items(), block["processor"].values(), strict=True)
+        ]
         note = (
-            f"{block['workers']} workers, warm, in turn. Dask alone is a graph of as many tasks without a model. For a "
-            "block: seconds by the number of workers, by the number of blocks."
+            f"{block['workers']} workers, warm, in turn. Dask alone is a graph of as many tasks without a model. Of a "
+            "worker: seconds by the number of workers, by the number of blocks, though it waits for the scheduler."
         )
-        columns = {"way": "", "in all": "s", "of a worker, for a block": "ms"}
+        columns = {
+            "way": "",
+            "in all": "s",
+            "a block": "ms",
+            "of a worker, for a block": "ms",
+            "processor, of the workers": "ms",
+            "processor, of client and scheduler": "ms",
+        }
         made.append(Table(f"{block['blocks']:,} blocks of a model that does nothing", columns, rows, note))
     if graph := found.get("many_blocks"):
         memory = graph["memory"]

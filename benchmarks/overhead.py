@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import dask.array as da
 import numpy as np
+import psutil
 import torch
 from distributed import wait
 from torch import nn
@@ -64,23 +66,46 @@ def _store(array: da.Array, compute: bool = True) -> Any:
 
 
 def per_block(blocks: int, rounds: int) -> dict[str, Any]:
-    """Seconds for many blocks of a model that does nothing, and of Dask's own graph of as many, warm and in turn."""
-    with zc.LocalCluster(dashboard_address=None) as cluster, cluster.get_client():
+    """What a block costs of a model that does nothing, and one of Dask's own graph of as many, warm and in turn.
+
+    Seconds, and processor seconds of the workers, and of this process, in which client and scheduler are.
+    """
+    with zc.LocalCluster(dashboard_address=None) as cluster, cluster.get_client() as client:
         zc.connect("file")
         zc.put(Nothing().eval(), "nothing")
-        ways = {
-            "zcinfer": lambda: _store(_predicted(blocks)),
-            "Dask alone": lambda: _store(_copied(blocks)),
-        }
+        workers = [psutil.Process(pid) for pid in client.run(os.getpid).values()]
+        spent: dict[str, dict[str, list[float]]] = {}
+
+        def watched(way: str, predicted: Callable[[int], da.Array]) -> Callable[[], None]:
+            found = spent.setdefault(way, {"workers": [], "scheduler": []})
+
+            def run() -> None:
+                before = _processor(workers), time.process_time()
+                _store(predicted(blocks))
+                found["workers"].append(_processor(workers) - before[0])
+                found["scheduler"].append(time.process_time() - before[1])
+
+            return run
+
+        ways = {"zcinfer": watched("zcinfer", _predicted), "Dask alone": watched("Dask alone", _copied)}
         seconds = interleaved(ways, rounds)
+
         # Of a worker: while one is busy with what is no work of the user's, the others are too.
-        workers = len(cluster.workers)
+        def each(times: list[float], share: int = 1) -> dict[str, Any]:
+            return summary([t / blocks * share for t in times])
+
         return {
             "blocks": blocks,
-            "workers": workers,
+            "workers": len(workers),
             "seconds": {way: summary(times) for way, times in seconds.items()},
-            "per_block": {way: summary([t / blocks * workers for t in times]) for way, times in seconds.items()},
+            "per_block": {way: each(times, len(workers)) for way, times in seconds.items()},
+            # The first is to warm up
+            "processor": {way: {who: each(used[1:]) for who, used in of.items()} for way, of in spent.items()},
         }
+
+
+def _processor(processes: list[psutil.Process]) -> float:
+    return float(sum(sum(process.cpu_times()[:2]) for process in processes))
 
 
 def many_blocks(blocks: int) -> dict[str, Any]:

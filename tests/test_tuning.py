@@ -112,7 +112,7 @@ def test_batches_stay_within_the_memory_that_there_is(registry: Path, monkeypatc
 def test_less_memory_on_another_day_makes_smaller_batches(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zc.put(nn.Linear(3, 2).eval(), "linear")
     predictor = Predictor("linear").bind([rows_of(np.ones((5, 3), np.float32))])
-    predictor._place(CPU).remember(Size(1024, row_bytes=1e6))
+    predictor.place(CPU).remember(Size(1024, row_bytes=1e6))
     monkeypatch.setattr(tuning, "available", lambda: 10**12)
     assert predictor.measured() == 1024
     monkeypatch.setattr(tuning, "available", lambda: 400_000_000)
@@ -173,13 +173,13 @@ def test_sizes_differ_by_what_they_depend_on(registry: Path) -> None:
     x = rows_of(np.ones((5, 3), np.float32))
 
     def place(**settings: Any) -> Path:
-        return Predictor("linear", **settings).bind([x])._place(CPU).path
+        return Predictor("linear", **settings).bind([x]).place(CPU).path
 
     assert place() == place(batch_size=3, output=lambda output, _: output)
     assert len({place(), place(autocast="bfloat16"), place(preprocess=lambda x: np.tile(x[:, :1], 3) * 2)}) == 2
     with dask.config.set({"zcinfer.jobs": 4}):
         assert place() != before if (before := place()) != place() else True
-    other = Predictor("linear").bind([rows_of(np.ones((5, 7, 3), np.float32))])._place(CPU).path
+    other = Predictor("linear").bind([rows_of(np.ones((5, 7, 3), np.float32))]).place(CPU).path
     assert other != place()
 
 

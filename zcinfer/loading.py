@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from socket import gethostname
 from time import perf_counter
@@ -230,15 +231,14 @@ class Resident:
         self.is_watched = not read_only or self.device.type != "cpu"
         if training == "eval":
             self.model.eval()
-        # Attributes, parameters, buffers and submodules of each module, as they are now.
-        tables = [
-            table
+        # Attributes, parameters, buffers and submodules of each module, and what they are now.
+        self._tables = [
+            table.values()
             for module in self.model.modules()
             for table in (vars(module), *(vars(module).get(name, {}) for name in _TABLES))
         ]
-        self._tables = [(table, tuple(table.values())) for table in tables]
-        held = (value for _, values in self._tables for value in values)
-        self._tensors = [v for v in held if isinstance(v, torch.Tensor) and not v.is_inference()]
+        self._lengths, self._held = [*map(len, self._tables)], [*chain.from_iterable(self._tables)]
+        self._tensors = [v for v in self._held if isinstance(v, torch.Tensor) and not v.is_inference()]
         self._versions = [tensor._version for tensor in self._tensors]
         self._pages = self._written()
 
@@ -249,7 +249,8 @@ class Resident:
         list or another object of the user's is not seen.
         """
         return (
-            all(len(table) == len(held) and all(map(is_, table.values(), held)) for table, held in self._tables)
+            [*map(len, self._tables)] == self._lengths
+            and all(map(is_, chain.from_iterable(self._tables), self._held))
             and [tensor._version for tensor in self._tensors] == self._versions
             and self._written() == self._pages
         )

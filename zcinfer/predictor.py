@@ -1,7 +1,7 @@
-"""The callable that runs a model on one block: cut into batches, cast, forward, pick the outputs, back to NumPy.
+"""A model with its settings, as a callable on blocks of rows: what a graph carries to the workers.
 
 It carries a `ModelRef`, never weights. Before any work it is *bound* to the inputs' row shapes (`binding`), so that
-lazy arrays know theirs. Works without Dask; not for graphs (`arrays`).
+lazy arrays know theirs. Works without Dask. Not for graphs (`arrays`), nor for how a block is computed (`block`).
 """
 
 from __future__ import annotations
@@ -11,35 +11,31 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import engines, pipeline, telemetry
-from .batches import Index, Lengths, cut, in_halves, mask_of, name_of
+from .batches import mask_of
 from .binding import Binding, find_binding, input_name
+from .block import BlockRun, Span
 from .calling import Call
 from .canonical import Canonical
 from .catalog import describe, ready
 from .computing import computing
-from .errors import InputError, OutputError, SettingsError, TrainingModeError, ZcinferError
-from .forward import Forward
+from .errors import InputError, SettingsError, TrainingModeError
 from .loading import device_of, residents
-from .lost import failed, has_ended
 from .outputs import Output
 from .probing import explain
 from .rows import Array, Rows, as_block, first_rows, rows_of, to_tensor
-from .sizes import format_size
 from .store import ModelRef
-from .telemetry import PHASES, Clock, Job
+from .telemetry import Clock, Job
 from .tuning import Place, Size, device_name, is_out_of_memory, jobs_here, measure, memory_budget
 
 log = logging.getLogger("zcinfer")
-
-_MODEL, _WAITING, _FROM_DEVICE = map(PHASES.index, ("model", "waiting", "from_device"))
 
 # Where it does not pay to measure, "auto" goes by the bytes of a row: activations grow with them.
 _AUTO_BYTES, _AUTO_LEAST, _AUTO_MOST = 256 << 10, 8, 1024
@@ -141,6 +137,7 @@ class Predictor:
         self.keywords = tuple(keywords)
         self.job: Job | None = None
         self.binding: Binding | None = None
+        self._settled: tuple[tuple[Any, ...], str] | None = None
         description, _ = describe(self.ref)
         if description.training and training == "refuse":
             names = ", ".join(repr(name) if name else "the model itself" for name in description.training[:3])
@@ -169,6 +166,16 @@ class Predictor:
         canonical.add((self.ref.digest, batch_size, settings, casts, *engine))
         return canonical.hexdigest()
 
+    def _settings_digest(self) -> str:
+        told = (self.training, self.device, self.sort_by, self.keywords, self.engine)
+        if self._settled is None or self._settled[0] != told:
+            self._settled = (told, self._digest())
+        return self._settled[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settings_digest()  # once here, and not in a worker at each request
+        return vars(self)
+
     def bind(self, inputs: Sequence[Rows], sample: Callable[[], Sequence[Array]] | None = None) -> Predictor:
         """The predictor for inputs of these row shapes and dtypes, with its outputs' shapes and dtypes found.
 
@@ -191,7 +198,7 @@ class Predictor:
         OutputError
             Its output has no rows, or several outputs and none was chosen.
         """
-        key = (self._digest(), *inputs)
+        key = (self._settings_digest(), *inputs)
         with _lock:
             binding = _found.get(key)
         if binding is None:
@@ -326,8 +333,8 @@ class Predictor:
 
     def measured(self) -> int:
         """Rows of a batch, measured in this process unless it is known. For a bound predictor."""
-        device = self._device()
-        place = self._place(device)
+        device = self.device_here()
+        place = self.place(device)
         found = place.known()
         if found is None:
             binding = self._bound()
@@ -359,14 +366,22 @@ class Predictor:
             rows //= 2
         return rows
 
-    def _place(self, device: torch.device) -> Place:
-        binding = self._bound()
-        call = (self.call.method, self.call.autocast, sorted(self.call.constants))
-        return Place.of(
-            self.ref, device_name(device), jobs_here(), binding.prepared, binding.casts, binding.names, call
+    def place(self, device: torch.device) -> Place:
+        """Where the batch size that was measured on a device is remembered. For a bound predictor."""
+        binding, call = self._bound(), self.call
+        inputs = (binding.prepared, binding.casts, binding.names)
+        return _place(
+            self.ref,
+            device_name(device),
+            jobs_here(),
+            inputs,
+            call.method,
+            call.autocast,
+            tuple(sorted(call.constants)),
         )
 
-    def _device(self) -> torch.device:
+    def device_here(self) -> torch.device:
+        """The device that blocks are computed on in this process."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def run_block(
@@ -409,7 +424,7 @@ class Predictor:
             if batch_rows is None:
                 batch_rows = bound._batch_rows(lengths[0])
             with self.counted(blocks, where, sum(result.nbytes for result in results)) as clock:
-                bound._fill(results, blocks, batch_rows, partial(self._span, where, first_row, numbers), clock)
+                BlockRun(bound, blocks, Span(self.ref, where, first_row, numbers), clock).fill(results, batch_rows)
         return tuple(results) if binding.several else results[0]
 
     def counted(self, blocks: Sequence[Array], where: str, nbytes: int = 0) -> AbstractContextManager[Clock]:
@@ -422,117 +437,15 @@ class Predictor:
         measured = self.batch_size == "auto" and self._is_worth_measuring(rows)
         return self.measured() if measured else self._rule_of_thumb()
 
-    def _span(self, where: str, first_row: int | None, numbers: Array | None, rows: Index | None = None) -> str:
-        """What to call some rows in errors."""
-        if rows is None:
-            return f"{where}, of {self.ref}"
-        return f"{where}, rows {name_of(rows if numbers is None else numbers[rows], first_row)}, of {self.ref}"
 
-    def _fill(
-        self,
-        results: list[Array],
-        blocks: Sequence[Array],
-        batch_rows: int,
-        name: Callable[..., str],
-        clock: Clock,
-    ) -> None:
-        """Run the model on all rows of a block, batch by batch."""
-        device = self._device()
-        engines.check_device(self.engine, device)
-        place = self._place(device)
-        place.known()  # by other processes, before the first batch
-        lengths = Lengths(blocks, self.keywords, self.sort_by) if self.sort_by is not None else None
-        order = lengths.order if lengths is not None else None
-
-        def too_many(rows: int) -> None:
-            log.warning("%s: %d rows do not fit into memory, halves of them are tried", name(), rows)
-            place.lower(rows // 2)
-            clock.halved += 1
-
-        try:
-            # Threads that take turns batch by batch find each other's data in the caches, and wait for each other every
-            # time. That pays only where there is other work between batches.
-            turns = self.call.preprocess is not None or self.call.postprocess is not None or device.type != "cpu"
-            for_batch = computing() if turns else None
-            with residents.lend(self.ref, str(device), self.training) as model, torch.inference_mode():
-                called = engines.module_of(self.engine, model, self.call.method, device)
-                clock.lap(_MODEL)
-                if pipeline.suits(device) and self._has_flowed(
-                    model, results, blocks, batch_rows, lengths, name, clock, place.ceiling, too_many
-                ):
-                    return
-                with nullcontext() if turns else computing():
-                    clock.lap(_WAITING)
-                    run = Forward(called, self.call, self._bound(), self.keywords, device, clock, for_batch)
-                    run_rows = partial(self._run_rows, run, results, blocks, lengths, clock)
-                    for rows in cut(len(blocks[0]), batch_rows, order):
-                        try:
-                            in_halves(partial(run_rows, rows), rows, place.ceiling, is_out_of_memory, too_many)
-                        except Exception as error:
-                            cause = self._cause(error)
-                            raise failed(name(rows), cause) from cause
-        except ZcinferError:
-            raise
-        except Exception as error:
-            raise failed(f"{name()}: it cannot be used on {device}", error) from error
-
-    @staticmethod
-    def _run_rows(
-        forward: Forward,
-        results: Sequence[Array],
-        blocks: Sequence[Array],
-        lengths: Lengths | None,
-        clock: Clock,
-        batch: Index,
-        rows: Index,
-    ) -> None:
-        """Run a batch, or some of its rows, as long as the whole of it is; fill their results."""
-        inputs, trimmed = [block[rows] for block in blocks], None
-        if lengths is not None:
-            inputs, trimmed = lengths.trimmed(inputs, batch)
-        for result, output in zip(results, forward(inputs, trimmed), strict=True):
-            result[rows] = output
-        clock.lap(_FROM_DEVICE)
-
-    def _has_flowed(
-        self,
-        model: torch.nn.Module,
-        results: list[Array],
-        blocks: Sequence[Array],
-        batch_rows: int,
-        lengths: Lengths | None,
-        name: Callable[..., str],
-        clock: Clock,
-        most: Callable[[], int | None],
-        too_many: Callable[[int], None],
-    ) -> bool:
-        """Whether the block is done, by a pipeline; if not, batch by batch it can be, or shows the rows that fail."""
-        device, batches = self._device(), clock.batches
-        function = engines.function_of(self.engine, model, self.call, self.ref, device)
-        flow = pipeline.Pipeline(
-            function, self.call, self._bound(), self.keywords, device, clock, computing(), most, too_many
-        )
-        try:
-            flow(results, blocks, batch_rows, lengths)
-        except pipeline.BatchFailed as batch:
-            cause = self._cause(batch.error)
-            raise failed(name(batch.rows), cause) from cause
-        except pipeline.Unplaced as late:
-            if has_ended(late.error):
-                raise failed(f"{name()}, in some of its rows", late.error) from late.error
-            log.warning("%s: %s. It is done again, batch by batch", name(), explain(late.error))
-            clock.batches = batches
-            return False
-        return True
-
-    def _cause(self, error: Exception) -> Exception:
-        """The error of a batch; where its last row has run out of memory, one that says what to do."""
-        if not is_out_of_memory(error):
-            return error
-        row = sum(r.nbytes for r in self._bound().inputs)
-        told = OutputError(
-            f"one row ({format_size(row)}) does not fit into the memory of {self._device()}: {explain(error)}. Use "
-            "rows of less data, fewer workers on this device, or one with more memory"
-        )
-        told.__cause__ = error
-        return told
+@lru_cache(maxsize=_FOUND_MOST)
+def _place(
+    ref: ModelRef,
+    device: str,
+    jobs: int,
+    inputs: tuple[Any, ...],
+    method: str,
+    autocast: str | None,
+    constants: tuple[str, ...],
+) -> Place:
+    return Place.of(ref, device, jobs, *inputs, (method, autocast, [*constants]))
