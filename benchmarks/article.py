@@ -69,7 +69,7 @@ def measure(options: Options) -> dict[str, Any]:
     torch.set_num_threads(1)
     quiet()
     rounds, calls = (10, 10) if options.quick else (100, 100)
-    names = [name for name in MODELS if options.wants(name)]
+    names = [name for name in (MODELS[:1] if options.quick and not options.only else MODELS) if options.wants(name)]
     for name in names:
         code_of(name)
     results: dict[str, Any] = {"loads": {}, "absent": {}}

@@ -3,7 +3,7 @@
 One process publishes each model in every form; the processes that load it are forked from one that has the imports done
 and has never been in Ray. *Cold* is the first load of such a process, after it has connected to Ray or opened the file
 store (a column of its own: entering Ray takes a hundred times as long as a load); *warm* a new module again in one
-process, all ways in turn. Every loaded model's output is compared with the original's, bit by bit. One thread.
+process, all ways in turn. Every loaded model's output is compared with the original's, ours bit by bit. One thread.
 
 All files are in the page cache, which shares memory-mapped files between processes as well as Ray does on one machine.
 Pages are touched by the first forward: see "cold + first forward", and not the load alone, where a model is used once.

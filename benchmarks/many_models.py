@@ -46,7 +46,7 @@ from .measure import summary
 from .models import mini_bert
 from .tables import Table
 
-MODELS, WORKERS = 12, 6
+MODELS, QUICK_MODELS, WORKERS = 12, 6, 6
 TIMEOUT, GIVEN_UP, LEFT = 5.0, 0.01, 0.5  # seconds; part of the users; seconds of them
 TOKENS = np.arange(1, 33)[None]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -73,9 +73,9 @@ class System:
 class Ours(System):
     name = OURS
 
-    def __init__(self, client: Client):
+    def __init__(self, client: Client, models: int):
         self.client = client
-        self.predictors = [zc.Predictor(f"bert-{n}", output="last_hidden_state") for n in range(MODELS)]
+        self.predictors = [zc.Predictor(f"bert-{n}", output="last_hidden_state") for n in range(models)]
 
     async def start(self) -> None:
         for predictor in self.predictors:
@@ -88,11 +88,11 @@ class Ours(System):
 class InWorkers(System):
     """A function of a directory and a number, in Dask workers that keep models or do not."""
 
-    def __init__(self, client: Client, directory: Path, name: str):
-        self.client, self.directory, self.name = client, directory, name
+    def __init__(self, client: Client, directory: Path, name: str, models: int):
+        self.client, self.directory, self.name, self.models = client, directory, name, models
 
     async def start(self) -> None:
-        for number in range(MODELS):
+        for number in range(self.models):
             await self.client.run(answer, self.name, str(self.directory), number)
 
     async def ask(self, number: int) -> Any:
@@ -237,8 +237,9 @@ def measure(options: Options) -> dict[str, Any]:
             "distributed.admin.system-monitor.gil.enabled": False,
         }),
     ):  # fmt: skip
-        say(f"{MODELS} models: publishing")
-        answers = [publish(number, Path(directory)) for number in range(MODELS)]
+        models = QUICK_MODELS if options.quick else MODELS
+        say(f"{models} models: publishing")
+        answers = [publish(number, Path(directory)) for number in range(models)]
         say(f"{WORKERS} workers: starting")
         try:
             zc.connect("ray")
@@ -267,9 +268,9 @@ async def compared(
     address: str, directory: Path, answers: Sequence[Any], ray_alone: int, options: Options
 ) -> dict[str, Any]:
     """Start all systems, one after the other, for their memory; then look for their rates in turn."""
-    rounds, seconds, step, most = (1, 4.0, 1.5, 3) if options.quick else (3, 20.0, 1.1, 8)
+    rounds, seconds, step, most = (1, 3.0, 1.5, 2) if options.quick else (3, 20.0, 1.1, 8)
     memory: dict[str, int] = {}
-    systems: list[System] = []
+    models, systems = len(answers), list[System]()
     async with Client(address, asynchronous=True) as client:
         await client.run(answer, EACH, str(directory), 0)  # imports
         imported = pss()
@@ -286,16 +287,16 @@ async def compared(
             if options.wants(system.name):
                 systems.append(system)
 
-        await add(Ours(client))
+        await add(Ours(client, models))
         budget = before - ray_alone  # workers, and the store
         for name in (RESIDENT, MAPPED, EACH):
-            await add(InWorkers(client, directory, name))
+            await add(InWorkers(client, directory, name, models))
         say(f"{ACTORS}: starting one, for what it takes")
         pool = Pool(directory, 1)
         swapped, killed = Actors(pool, SWAPPED), Actors(pool, ACTORS)
         await swapped.start()
         one = pss() - before
-        pool.most = max(1, min(MODELS - 1, budget // one))
+        pool.most = max(1, min(models - 1, budget // one))
         say(f"{ACTORS}: starting {pool.most}")
         await swapped.start()
         memory[SWAPPED] = memory[ACTORS] = pss() - before
@@ -312,6 +313,7 @@ async def compared(
                 found[system.name].append(held)
         pool.stop()
     return {
+        "models": models,
         "rounds": rounds,
         "trial": seconds,
         "step": step,
@@ -353,16 +355,16 @@ async def one_request(system: System, number: int, expected: Any, arrived: float
     return perf_counter() - arrived
 
 
-def chosen(users: int, seed: int) -> list[int]:
+def chosen(users: int, seed: int, models: int) -> list[int]:
     """The models that users ask for: the n-th with a weight of 1/n."""
-    weights = 1 / np.arange(1, MODELS + 1)
-    drawn = np.random.default_rng(seed).choice(MODELS, users, p=weights / weights.sum())
+    weights = 1 / np.arange(1, models + 1)
+    drawn = np.random.default_rng(seed).choice(models, users, p=weights / weights.sum())
     return [int(number) for number in drawn]
 
 
 async def capacity(system: System, answers: Sequence[Any], seconds: float) -> float:
     """Requests a second while there are always some waiting: where to begin to look."""
-    numbers, done = chosen(10_000, 1), 0
+    numbers, done = chosen(10_000, 1, len(answers)), 0
     begin = perf_counter()
 
     async def user() -> None:
@@ -380,7 +382,7 @@ async def trial(system: System, answers: Sequence[Any], rate: float, seconds: fl
     """Let users arrive for some seconds; ended early where too many have given up."""
     drawn = np.random.default_rng(0)
     arrivals = np.cumsum(drawn.exponential(1 / rate, max(10, int(rate * seconds))))
-    numbers = chosen(len(arrivals), 2)
+    numbers = chosen(len(arrivals), 2, len(answers))
     tasks: list[asyncio.Task[float | None]] = []
     begin, gave_up = perf_counter(), 0
 
@@ -465,7 +467,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         "processes, that of the others what they hold more for the models. The workers' connections to the "
         f"store take {results['connection'] / 1e6:,.0f} MB in all, which are not in it."
     )
-    return [Table(f"{MODELS} small BERTs, {WORKERS} workers, one sentence a request", columns, rows, note)]
+    return [Table(f"{results['models']} small BERTs, {WORKERS} workers, one sentence a request", columns, rows, note)]
 
 
 def figures(results: Mapping[str, Any]) -> list[Any]:

@@ -139,7 +139,7 @@ def measure(options: Options) -> dict[str, Any]:
     """Each program in turn, in rounds."""
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
     torch.set_num_threads(1)
-    rounds = 2 if options.quick else 7
+    rounds = 1 if options.quick else 7
     programs = [name for name in PROGRAMS if options.wants(name)]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     with tempfile.TemporaryDirectory(prefix="zcinfer-bench-") as directory:

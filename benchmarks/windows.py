@@ -38,7 +38,7 @@ class Energy(torch.nn.Module):
 
 def measure(options: Options) -> dict[str, Any]:
     """Both ways, predicted and kept, at both ratios of size and step."""
-    chunks = 4 if options.quick else 16
+    chunks = 2 if options.quick else 16
     results: dict[str, Any] = {"samples": 2 * 8 * chunks * CHUNK, "cases": []}
     with tempfile.TemporaryDirectory() as directory:
         os.environ["DASK_ZCINFER__REGISTRY"] = directory  # of the workers

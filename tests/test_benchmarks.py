@@ -190,7 +190,7 @@ def test_lines_are_those_of_the_user() -> None:
 def test_models_are_chosen_with_a_heavy_tail() -> None:
     from zcinfer.benchmarks.many_models import MODELS, chosen
 
-    numbers = chosen(100_000, 0)
+    numbers = chosen(100_000, 0, MODELS)
     counts = [numbers.count(n) for n in range(MODELS)]
     assert counts[0] / counts[1] == pytest.approx(2, rel=0.05)
     assert counts[0] / counts[MODELS - 1] == pytest.approx(MODELS, rel=0.1)
@@ -241,13 +241,13 @@ def test_a_wrong_answer_ends_the_benchmark() -> None:
         tried(Counter(1000, wrong=True), 50, 0.1)
 
 
-# Of twelve models and six workers follow eleven actors: nearly all of the time went into processes that start.
+# Of six models and six workers follow five actors: nearly all of the time went into processes that start.
 SMALLER = {
     "models": """
 from zcinfer import cli
 from zcinfer.benchmarks import many_models
 
-many_models.MODELS, many_models.WORKERS = 2, 1
+many_models.QUICK_MODELS, many_models.WORKERS = 2, 1
 cli.main()
 """
 }
