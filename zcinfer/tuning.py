@@ -28,7 +28,7 @@ import torch
 from . import config
 from .cuda_driver import OUT_OF_MEMORY
 from .files import parse_json, read_whole, write_file
-from .memory import available, peak_private
+from .memory import available, give_back_freed, peak_resident, resident
 from .store import ModelRef, registry_of
 
 log = logging.getLogger("zcinfer")
@@ -133,7 +133,18 @@ def measure(run: Callable[[int], object], device: torch.device) -> Size:
     Size
     """
     run(1)  # the first forward pays for pages and kernels that all others have
-    return choose_size(lambda rows: _observed(run, rows, device), memory_budget(device))
+    if device.type == "cuda":
+        return choose_size(lambda rows: _observed_on_gpu(run, rows, device), memory_budget(device))
+    # Once and not for every size: a batch in pages that are zeroed anew is slower than those of a job.
+    give_back_freed()
+    before = resident()
+
+    def observe(rows: int) -> tuple[float, int]:
+        begin = perf_counter()
+        peak = peak_resident(lambda: run(rows))
+        return perf_counter() - begin, max(0, peak - before)
+
+    return choose_size(observe, memory_budget(device))
 
 
 def choose_size(observe: Callable[[int], tuple[float, int]], budget: float) -> Size:
@@ -163,18 +174,14 @@ def choose_size(observe: Callable[[int], tuple[float, int]], budget: float) -> S
     return Size(min(size for size, rate in rates.items() if rate * GAIN >= best), row_bytes)
 
 
-def _observed(run: Callable[[int], object], rows: int, device: torch.device) -> tuple[float, int]:
+def _observed_on_gpu(run: Callable[[int], object], rows: int, device: torch.device) -> tuple[float, int]:
     """Seconds that a batch takes, and bytes that it takes at most."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        begin = perf_counter()
-        run(rows)
-        torch.cuda.synchronize(device)
-        return perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     begin = perf_counter()
-    peak = peak_private(lambda: run(rows))
-    return perf_counter() - begin, peak
+    run(rows)
+    torch.cuda.synchronize(device)
+    return perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before
 
 
 def memory_budget(device: torch.device) -> int:
