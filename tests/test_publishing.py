@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from distributed import Client
 from torch import nn
@@ -102,12 +103,18 @@ def test_a_killed_put_leaves_nothing_to_be_seen(registry: Path, number: int) -> 
     assert [path.name for path in (registry / "archives").iterdir()] == list(zc.models()["digest"])
 
 
-def test_a_client_that_found_no_scheduler_is_none(registry: Path) -> None:
+def test_a_client_that_found_no_scheduler_is_none(registry: Path, tmp_path: Path) -> None:
     from distributed.client import default_client
 
     with pytest.raises(ValueError, match="missing port") as refused:  # which keeps the client, as a traceback does
         Client("nowhere")
-    assert default_client().status == "connecting"
-    assert catalog.dask_client() is None
-    zc.put(nn.Linear(2, 2).eval(), "model")
+    client = default_client()
+    try:
+        assert client.status == "connecting"
+        assert catalog.dask_client() is None
+        zc.put(nn.Linear(2, 2).eval(), "model")
+        np.save(tmp_path / "x.npy", np.ones((8, 2), np.float32))
+        assert zc.run("model", tmp_path / "x.npy", tmp_path / "y.zarr", progress=False).computed
+    finally:
+        client.close()
     assert refused.tb is not None

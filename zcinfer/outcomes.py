@@ -9,6 +9,7 @@ from typing import Any
 
 import dask.array as da
 
+from .catalog import dask_client
 from .errors import BlockError, ZcinferError
 
 # Called with an array before its blocks are computed here, each as a graph of its own; and with None when that is over.
@@ -17,7 +18,7 @@ followers: list[Callable[[da.Array | None], object]] = []
 
 def compute_each(written: da.Array, numbers: Sequence[int]) -> Iterator[int]:
     """Compute an array of one element a block, yielding each block's number when it is done."""
-    client = _client()
+    client = dask_client()
     with closing(_outcomes_here(written) if client is None else _outcomes_on(client, written)) as outcomes:
         for place, error in outcomes:
             if isinstance(error, ZcinferError):
@@ -74,12 +75,3 @@ def _outcomes_here(written: da.Array) -> _Outcomes:
     finally:
         for follow in followers:
             follow(None)
-
-
-def _client() -> Any:
-    from distributed import default_client
-
-    try:
-        return default_client()
-    except ValueError:
-        return None
