@@ -62,7 +62,8 @@ def bench(
         Of `ENTRIES`; "all" or nothing: every one that can run here, each in a process of its own.
     options : Options
     docs : bool
-        Also put the tables into ``docs/benchmarks.md`` of the checkout, and the ratios where ``check`` finds them.
+        Also put the tables of whole runs into ``docs/benchmarks.md`` of the checkout, and the ratios where ``check``
+        finds them.
     again : bool
         Measure nothing: show and write anew what an earlier run left in ``options.out``.
 
@@ -144,7 +145,8 @@ def one(name: str, options: Options, *, docs: bool, again: bool, check: bool) ->
         console.print(table.rich(), "", highlight=False)
     say(f"took {results['took']:.0f} s; written: {path.with_suffix('')}.json, .csv, .md and .html")
     if docs:
-        into_docs(ROOT / "docs" / "benchmarks.md", benchmark, results)
+        if not results["quick"]:  # whose figures say little
+            into_docs(ROOT / "docs" / "benchmarks.md", benchmark, results)
         guard.keep(ROOT / "benchmarks" / guard.FILE, name, results)
     if check:
         said = guard.fallen(Path(__file__).parent / guard.FILE, name, results)

@@ -51,7 +51,7 @@ def demo(
               help="Directory of the tables, the figures and the page.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="TEXT", help="Only models or systems whose names contain TEXT.")
 @click.option("--again", is_flag=True, help="Measure nothing: show anew what an earlier run left in --out.")
-@click.option("--docs", is_flag=True, help="Put the tables into docs/benchmarks.md of the source, and keep the ratios.")
+@click.option("--docs", is_flag=True, help="Put whole runs into docs/benchmarks.md of the source; keep the ratios.")
 @click.option("--check", is_flag=True, help="Fail where a ratio is a third worse than the one kept last by --docs.")
 def bench(
     names: tuple[str, ...], quick: bool, out: str, only: tuple[str, ...], again: bool, docs: bool, check: bool
