@@ -68,7 +68,7 @@ def measure(options: Options) -> dict[str, Any]:
     os.environ.update(ONE_THREAD)
     torch.set_num_threads(1)
     quiet()
-    rounds, calls = (10, 10) if options.quick else (100, 100)
+    rounds, calls = (5, 5) if options.quick else (100, 100)
     names = [name for name in (MODELS[:1] if options.quick and not options.only else MODELS) if options.wants(name)]
     for name in names:
         code_of(name)

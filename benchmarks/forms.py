@@ -86,7 +86,7 @@ def serve(how: Publisher, name: str, directory: str, connection: Any) -> None:
             zc.disconnect()
 
 
-def publish(name: str, directory: Path, rounds: int = 5) -> dict[str, Any]:
+def publish(name: str, directory: Path, rounds: int) -> dict[str, Any]:
     """One model in every form; saved and put several times, for the clock."""
     subject = SUBJECTS[name]
     model: Any = subject.build()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -47,9 +48,9 @@ from .measure import forked, interleaved, summary
 from .models import SUBJECTS, small_bert
 from .tables import Table
 
-VARIANTS = 50
-# Models of a quick run: publishing and reading twice as many bytes takes twice as long.
-QUICK = ("BERT-base", "2,000 modules")
+# Of the small model; models of a quick run
+VARIANTS, QUICK_VARIANTS = 50, 10
+QUICK = ("BERT-base",)
 # The bars, for the model that they are for.
 MODEL, WARM, COLD, PRETRAINED_BOTH, RESIDENT_US, PRIVATE, PUT = "BERT-base", 2.5, 1.8, 40, 20, 2e6, 3
 
@@ -61,14 +62,15 @@ def measure(options: Options) -> dict[str, Any]:
     names = [name for name in SUBJECTS if options.wants(name) and (name in QUICK or not options.quick)]
     for name in {*names, "BERT-base"}:  # BERT for the variants
         code_of(name)
-    warm_rounds, cold_rounds = (5, 3) if options.quick else (30, 10)
+    warm_rounds, cold_rounds, put_rounds = (5, 3, 2) if options.quick else (30, 10, 5)
+    variants = QUICK_VARIANTS if options.quick else VARIANTS
     results: dict[str, Any] = {"models": {}}
     for name in names:
         say(f"{name}: publishing")
-        with published(publish, name) as forms:
+        with published(partial(publish, rounds=put_rounds), name) as forms:
             results["models"][name] = measure_one(name, forms, warm_rounds, cold_rounds)
-    say(f"{VARIANTS} variants of one small BERT")
-    with published(publish_variants, "variants") as forms:
+    say(f"{variants} variants of one small BERT")
+    with published(partial(publish_variants, many=variants), "variants") as forms:
         results["variants"] = forked(lambda: visit(forms))
     results["bars"] = compare(results)
     return results
@@ -135,10 +137,10 @@ def again(forms: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     return {"load": interleaved(ways, rounds), "resident": {key: times[1:] for key, times in resident.items()}}
 
 
-def publish_variants(_: str, directory: Path) -> dict[str, Any]:
+def publish_variants(_: str, directory: Path, many: int) -> dict[str, Any]:
     """Many variants of one small model."""
     refs = []
-    for number in range(VARIANTS):
+    for number in range(many):
         model: Any = small_bert(number)
         model.save_pretrained(directory / str(number))
         refs.append(zc.put(model, f"variant-{number}"))
@@ -191,6 +193,7 @@ def visit(forms: Mapping[str, Any]) -> dict[str, Any]:
                 raise SystemExit(f"variant {number} computes something else")
     return {
         "nbytes": refs[0].nbytes,
+        "variants": len(refs),
         "visits": len(order),
         "ways": {
             "zcinfer, at each visit": visits(ours),
@@ -253,7 +256,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         for way, found in variants["ways"].items()
     ]
     columns = {"way": "", "loads": "loads/s", "median": "ms", "private memory more, at the end": "MB"}
-    title = f"{VARIANTS} variants of a BERT of {variants['nbytes'] / 1e6:.0f} MB"
+    title = f"{variants['variants']} variants of a BERT of {variants['nbytes'] / 1e6:.0f} MB"
     return [*shown, Table(title, columns, rows, f"{variants['visits']} visits in random order, a forward at each.")]
 
 

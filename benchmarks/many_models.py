@@ -46,7 +46,11 @@ from .measure import summary
 from .models import mini_bert
 from .tables import Table
 
-MODELS, QUICK_MODELS, WORKERS = 12, 6, 6
+# Models, and workers; of a quick run, nearly all of which goes into processes that start
+MODELS, WORKERS = 12, 6
+QUICK_MODELS, QUICK_WORKERS = 4, 2
+# Users who wait while it is seen what a system can do at most; requests that may be left when the last user has come.
+WAITING, UNANSWERED = 18, 12
 TIMEOUT, GIVEN_UP, LEFT = 5.0, 0.01, 0.5  # seconds; part of the users; seconds of them
 TOKENS = np.arange(1, 33)[None]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -237,20 +241,20 @@ def measure(options: Options) -> dict[str, Any]:
             "distributed.admin.system-monitor.gil.enabled": False,
         }),
     ):  # fmt: skip
-        models = QUICK_MODELS if options.quick else MODELS
+        models, workers = (QUICK_MODELS, QUICK_WORKERS) if options.quick else (MODELS, WORKERS)
         say(f"{models} models: publishing")
         answers = [publish(number, Path(directory)) for number in range(models)]
-        say(f"{WORKERS} workers: starting")
+        say(f"{workers} workers: starting")
         try:
             zc.connect("ray")
             ray_alone = pss()  # which the actors need too
             with zc.LocalCluster(
-                n_workers=WORKERS, threads_per_worker=1, memory_limit=None, env=ENVIRONMENT
+                n_workers=workers, threads_per_worker=1, memory_limit=None, env=ENVIRONMENT
             ) as cluster:
                 results = asyncio.run(compared(cluster.scheduler_address, Path(directory), answers, ray_alone, options))
         finally:
             catalog.disconnect()
-    results["bars"] = compare(results)
+    results |= {"workers": workers, "bars": compare(results)}
     return results
 
 
@@ -289,7 +293,7 @@ async def compared(
 
         await add(Ours(client, models))
         budget = before - ray_alone  # workers, and the store
-        for name in (RESIDENT, MAPPED, EACH):
+        for name in (RESIDENT,) if options.quick else (RESIDENT, MAPPED, EACH):
             await add(InWorkers(client, directory, name, models))
         say(f"{ACTORS}: starting one, for what it takes")
         pool = Pool(directory, 1)
@@ -374,7 +378,7 @@ async def capacity(system: System, answers: Sequence[Any], seconds: float) -> fl
             done += 1
             await one_request(system, number, answers[number], perf_counter())
 
-    await asyncio.gather(*(user() for _ in range(3 * WORKERS)))
+    await asyncio.gather(*(user() for _ in range(WAITING)))
     return done / (perf_counter() - begin)
 
 
@@ -404,7 +408,7 @@ async def trial(system: System, answers: Sequence[Any], rate: float, seconds: fl
     quantiles = np.quantile(latencies or [TIMEOUT], (0.5, 0.95, 0.99))
     return {
         "rate": rate,
-        "held": part < GIVEN_UP and left <= max(2 * WORKERS, LEFT * rate),
+        "held": part < GIVEN_UP and left <= max(UNANSWERED, LEFT * rate),
         "given up": part,
         **{name: float(value) for name, value in zip(("p50", "p95", "p99"), quantiles, strict=True)},
     }
@@ -467,7 +471,14 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         "processes, that of the others what they hold more for the models. The workers' connections to the "
         f"store take {results['connection'] / 1e6:,.0f} MB in all, which are not in it."
     )
-    return [Table(f"{results['models']} small BERTs, {WORKERS} workers, one sentence a request", columns, rows, note)]
+    return [
+        Table(
+            f"{results['models']} small BERTs, {results['workers']} workers, one sentence a request",
+            columns,
+            rows,
+            note,
+        )
+    ]
 
 
 def figures(results: Mapping[str, Any]) -> list[Any]:

@@ -241,13 +241,13 @@ def test_a_wrong_answer_ends_the_benchmark() -> None:
         tried(Counter(1000, wrong=True), 50, 0.1)
 
 
-# Of six models and six workers follow five actors: nearly all of the time went into processes that start.
+# Nearly all of the time goes into processes that start.
 SMALLER = {
     "models": """
 from zcinfer import cli
 from zcinfer.benchmarks import many_models
 
-many_models.QUICK_MODELS, many_models.WORKERS = 2, 1
+many_models.QUICK_MODELS, many_models.QUICK_WORKERS = 2, 1
 cli.main()
 """
 }
