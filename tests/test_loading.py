@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from zcinfer import loading, parts
+from zcinfer import loading, memory, parts
 from zcinfer.errors import SettingsError
 from zcinfer.predictor import Predictor
 from zcinfer.publishing import load, put
+from zcinfer.sharing import written_pages
 
 
 class Stateful(torch.nn.Module):
@@ -82,6 +83,22 @@ def test_every_block_meets_the_model_as_published(way: str, training: str, regis
     predictor = Predictor("stateful", batch_size=8, training=training)
     block = np.zeros((4, 2), np.float32)
     assert [float(predictor(block)[0, 0]) for _ in range(3)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_pages_are_looked_at_only_after_a_fault(counted: bool, registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not counted:  # as on a system that does not count them
+        monkeypatch.setattr(memory, "_counts_faults", lambda: False)
+    resident = loading.Resident(put(Stateful("nothing").eval(), "stateful"), "cpu", "refuse")
+    looks: list[int] = []
+    monkeypatch.setattr(loading, "written_pages", lambda buffer: looks.append(written_pages(buffer)) or looks[-1])
+    unchanged = [resident.is_unchanged(memory.page_faults()) for _ in range(20)]
+    assert all(unchanged)
+    assert len(looks) < 10 if counted else len(looks) == 20
+    faults = memory.page_faults()
+    resident.model.buffer.data.add_(1)
+    assert not resident.is_unchanged(faults)
+    assert looks[-1] == 1
 
 
 def test_it_is_told_once(registry: Path, caplog: pytest.LogCaptureFixture) -> None:

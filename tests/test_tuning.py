@@ -119,6 +119,18 @@ def test_less_memory_on_another_day_makes_smaller_batches(registry: Path, monkey
     assert predictor.measured() == 128
 
 
+def test_others_are_asked_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, now = Place(tmp_path / "sizes" / "b.json"), [100.0]
+    monkeypatch.setattr(tuning, "monotonic", lambda: now[0])
+    place.ask()
+    place.path.parent.mkdir()
+    place.path.write_text(json.dumps({"rows": 8, "ceiling": 16}))
+    for seconds, ceiling in ((0.5, None), (0.6, 16), (0.0, 16)):
+        now[0] += seconds
+        place.ask()
+        assert place.ceiling() == ceiling
+
+
 def test_the_first_to_remember_is_right(tmp_path: Path) -> None:
     place = Place(tmp_path / "sizes" / "a.json")
     assert place.known() is None

@@ -100,7 +100,7 @@ class BlockRun:
         """
         predictor, device, clock = self._predictor, self._device, self._clock
         engines.check_device(predictor.engine, device)
-        self._place.known()  # by other processes, before the first batch
+        self._place.ask()
         try:
             # Threads that take turns batch by batch find each other's data in the caches, and wait for each other every
             # time. That pays only where there is other work between batches.

@@ -7,9 +7,12 @@ and next to nothing of its own. And how much of what it frees a process keeps.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -81,6 +84,28 @@ def resident() -> int:
     True
     """
     return _status("VmRSS")
+
+
+def page_faults() -> int:
+    """Page faults that this process has had, of all its threads; -1 where the system does not count them.
+
+    Examples
+    --------
+    >>> page_faults() > 0
+    True
+    """
+    if not _counts_faults():
+        return -1
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_minflt + used.ru_majflt
+
+
+@cache
+def _counts_faults() -> bool:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        page[0] = 1  # no memory was there for it yet
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt > before
 
 
 def available() -> int:

@@ -6,7 +6,6 @@ lazy arrays know theirs. Works without Dask. Not for graphs (`arrays`), nor for 
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 from collections import OrderedDict
@@ -176,6 +175,12 @@ class Predictor:
         self._settings_digest()  # once here, and not in a worker at each request
         return vars(self)
 
+    def _with(self, **changed: Any) -> Predictor:
+        """A copy with other attributes; `copy.copy` takes longer than a small request has."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), **changed)
+        return other
+
     def bind(self, inputs: Sequence[Rows], sample: Callable[[], Sequence[Array]] | None = None) -> Predictor:
         """The predictor for inputs of these row shapes and dtypes, with its outputs' shapes and dtypes found.
 
@@ -210,9 +215,7 @@ class Predictor:
             _found.move_to_end(key)
             while len(_found) > _FOUND_MOST:
                 _found.popitem(last=False)
-        bound = copy.copy(self)
-        bound.binding = binding
-        return bound
+        return self._with(binding=binding)
 
     @property
     def counted_as(self) -> Job:
@@ -221,9 +224,7 @@ class Predictor:
 
     def of_job(self, key: str) -> Predictor:
         """The predictor whose blocks are counted for the job of that key."""
-        counted = copy.copy(self)
-        counted.job = Job(key, self.counted_as.name)
-        return counted
+        return self._with(job=Job(key, self.counted_as.name))
 
     @property
     def outputs(self) -> tuple[Rows, ...]:
@@ -303,9 +304,7 @@ class Predictor:
         ------
         InputError, BlockError
         """
-        predictor = copy.copy(self)
-        predictor.keywords = tuple(inputs) or self.keywords
-        predictor.binding = binding or self.binding
+        predictor = self._with(keywords=tuple(inputs) or self.keywords, binding=binding or self.binding)
         if block_id is None:
             return predictor.run_block((*blocks, *inputs.values()), "the rows given", 0, rows)
         return predictor.run_block((*blocks, *inputs.values()), f"block {block_id[0]}", None, rows)
@@ -315,8 +314,9 @@ class Predictor:
 
         All blocks of a graph get the same, whichever worker measures it. For a bound predictor.
         """
-        if isinstance(self.batch_size, int) or not self._is_worth_measuring(sum(lengths)):
-            return self._rule_of_thumb()
+        usual = self._rule_of_thumb()
+        if not self._is_worth_measuring(sum(lengths), usual):
+            return usual
         from dask import delayed
 
         return delayed(self.measured, pure=True)(dask_key_name="batch-size-" + self.fingerprint())
@@ -327,9 +327,9 @@ class Predictor:
         rows = max(1, _AUTO_BYTES // max(1, sum(r.nbytes for r in self._bound().prepared)))
         return min(_AUTO_MOST, max(_AUTO_LEAST, 1 << (rows.bit_length() - 1)))
 
-    def _is_worth_measuring(self, rows: float) -> bool:
+    def _is_worth_measuring(self, rows: float, usual: int) -> bool:
         """Whether there are so many rows (nan: who knows how many) that a better batch size pays for its finding."""
-        return not rows < _WORTH_MEASURING * self._rule_of_thumb()
+        return self.batch_size == "auto" and not rows < _WORTH_MEASURING * usual
 
     def measured(self) -> int:
         """Rows of a batch, measured in this process unless it is known. For a bound predictor."""
@@ -434,8 +434,8 @@ class Predictor:
         )
 
     def _batch_rows(self, rows: int) -> int:
-        measured = self.batch_size == "auto" and self._is_worth_measuring(rows)
-        return self.measured() if measured else self._rule_of_thumb()
+        usual = self._rule_of_thumb()
+        return self.measured() if self._is_worth_measuring(rows, usual) else usual
 
 
 @lru_cache(maxsize=_FOUND_MOST)

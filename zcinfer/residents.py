@@ -19,6 +19,7 @@ import torch
 
 from . import device_memory, telemetry
 from .errors import DeviceLost
+from .memory import page_faults
 from .store import ModelRef
 
 log = logging.getLogger("zcinfer")
@@ -33,8 +34,8 @@ class Resident(Protocol):
     nbytes: int
     is_watched: bool
 
-    def is_unchanged(self) -> bool:
-        """Whether it is what it was when it was built."""
+    def is_unchanged(self, faults: int) -> bool:
+        """Whether it is what it was when it was built; ``faults`` are this process's page faults when it was lent."""
 
     def told(self) -> str:
         """Why it must not be used, as far as is known without a look at it; empty where it may."""
@@ -107,7 +108,7 @@ class Residents:
             resident = self._built(ref, device, training)
         else:
             telemetry.count_hit(str(ref))
-        keep = False
+        keep, faults = False, page_faults()
         try:
             # Not given back after an exception: what it left half-done is not known.
             yield resident.model
@@ -117,7 +118,7 @@ class Residents:
                     f"the weights of {ref} on {device}, which jobs share, cannot be trusted ({why}), and so cannot "
                     "what was computed with them"
                 )
-            keep = self._is_as_built(resident, ref)
+            keep = self._is_as_built(resident, ref, faults)
         finally:
             with self._lock:
                 if keep:
@@ -130,10 +131,10 @@ class Residents:
                 dropped += self._drop(lambda: self._held[resident.device] > most, resident.device, least=1)
             _let_go(dropped, resident.device)
 
-    def _is_as_built(self, resident: Resident, ref: ModelRef) -> bool:
+    def _is_as_built(self, resident: Resident, ref: ModelRef, faults: int) -> bool:
         if not resident.is_watched:
             return False
-        if resident.is_unchanged():
+        if resident.is_unchanged(faults):
             return True
         if ref.digest not in self._told:
             self._told.add(ref.digest)

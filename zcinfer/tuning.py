@@ -19,8 +19,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from math import inf
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import torch
@@ -79,6 +80,13 @@ class Place:
             return None
         return _known.setdefault(self.path, found)
 
+    def ask(self) -> None:
+        """Learn what other processes have found, if none was asked in the last second."""
+        now = monotonic()
+        if self.path not in _known and now > _asked.get(self.path, -inf) + _AGAIN:
+            _asked[self.path] = now
+            self.known()
+
     def ceiling(self) -> int | None:
         """Rows that are known not to be too many, as far as this process has been told; no file is asked."""
         found = _known.get(self.path)
@@ -115,7 +123,10 @@ class Place:
                 log.info("the batch size is not kept: %s", error)
 
 
+# What is known here; when files that were not there were asked for last, and seconds until they are again.
 _known: dict[Path, Size] = {}
+_asked: dict[Path, float] = {}
+_AGAIN = 1.0
 _lock = threading.RLock()
 
 
