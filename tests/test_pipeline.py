@@ -326,6 +326,23 @@ def test_a_row_that_does_not_fit_is_told() -> None:
         zc.predict("failing", x, batch_size=5)
 
 
+@pytest.mark.parametrize("way", ["preprocess", "postprocess"])
+def test_functions_that_run_out_of_memory_get_halves(way: str) -> None:
+    zc.put(nn.Linear(3, 2).eval(), "linear")
+    x = normal(61, 3)
+    sizes: list[int] = []
+
+    def greedy(rows: Array) -> Array:
+        if len(rows) > 4:
+            raise MemoryError("there is room for four")
+        sizes.append(len(rows))
+        return rows
+
+    found = zc.predict("linear", x, batch_size=16, **{way: greedy})
+    assert max(sizes) == 4
+    assert np.allclose(found, zc.predict("linear", x, batch_size=16), atol=1e-6)
+
+
 def late(code: int) -> torch.AcceleratorError:
     error = torch.AcceleratorError("CUDA error: something happened before")
     error.error_code = code

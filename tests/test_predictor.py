@@ -674,6 +674,36 @@ def run_script(directory: Path, text: str, *arguments: str, **environment: str) 
     return done.stdout.strip()
 
 
+def test_what_a_function_refers_to_may_change() -> None:
+    zc.put(nn.Identity().eval(), "same")
+    x = np.array([[1], [2], [3]], np.float32)
+    kinds = [""]
+
+    def as_kind(y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return (y * 1.5).astype(kinds[0])
+
+    predictor = zc.Predictor("same", postprocess=as_kind)
+    for kind, expected in (("int64", [1, 3, 4]), ("float32", [1.5, 3, 4.5])):
+        kinds[0] = kind
+        sent = cloudpickle.loads(cloudpickle.dumps(predictor))
+        assert predictor(x).ravel().tolist() == sent(x).ravel().tolist() == expected
+
+
+def test_an_output_of_another_kind_than_was_found_is_refused() -> None:
+    zc.put(nn.Identity().eval(), "same")
+    x = np.array([[1], [2], [3]], np.float32)
+    kinds = ["float32", "int64"]
+
+    def turns(y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return y.astype(kinds[-1])
+
+    predictor = zc.Predictor("same", postprocess=turns).bind([rows_of(x)])
+    assert predictor(x).dtype == np.int64
+    kinds[-1] = "float32"  # of which integers would keep a part
+    with pytest.raises(BlockError, match="the output is float32, expected int64, found before the job began"):
+        predictor(x)
+
+
 def test_pickle_is_small_and_works_in_a_process_of_other_settings(tmp_path: Path) -> None:
     x = normal(20, 4)
     model = mlp()

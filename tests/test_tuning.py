@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zcinfer as zc
-from zcinfer import memory, tuning
+from zcinfer import catalog, memory, tuning
 from zcinfer.predictor import Predictor
 from zcinfer.rows import rows_of
 from zcinfer.tuning import Place, Size, choose_size, measure
@@ -189,10 +189,24 @@ def test_sizes_differ_by_what_they_depend_on(registry: Path) -> None:
 
     assert place() == place(batch_size=3, output=lambda output, _: output)
     assert len({place(), place(autocast="bfloat16"), place(preprocess=lambda x: np.tile(x[:, :1], 3) * 2)}) == 2
+    before = place()
     with dask.config.set({"zcinfer.jobs": 4}):
-        assert place() != before if (before := place()) != place() else True
+        assert place() != before
     other = Predictor("linear").bind([rows_of(np.ones((5, 7, 3), np.float32))]).place(CPU).path
     assert other != place()
+
+
+def test_each_registry_has_its_own_sizes(tmp_path: Path) -> None:
+    x, found = rows_of(np.ones((5, 3), np.float32)), []
+    for name in ("one", "two"):
+        with dask.config.set({"zcinfer.registry": str(tmp_path / name)}):
+            catalog.connect(f"file:{tmp_path / name}")
+            torch.manual_seed(0)
+            zc.put(nn.Linear(3, 2).eval(), "linear")
+            found.append(Predictor("linear").bind([x]).place(CPU))
+            catalog.disconnect()
+    assert [place.path.relative_to(tmp_path).parts[0] for place in found] == ["one", "two"]
+    assert found[0].path.name == found[1].path.name
 
 
 def test_a_graph_measures_once_and_all_its_blocks_use_that(registry: Path) -> None:

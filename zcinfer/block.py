@@ -161,16 +161,20 @@ class BlockRun:
         )
         try:
             flow(results, self._blocks, batch_rows, self._lengths)
+            return True
         except pipeline.BatchFailed as batch:
-            cause = self._cause(batch.error)
-            raise failed(self._span.of(batch.rows), cause) from cause
+            if not (batch.on_host and is_out_of_memory(batch.error)):
+                cause = self._cause(batch.error)
+                raise failed(self._span.of(batch.rows), cause) from cause
+            why = explain(batch.error)
         except pipeline.Unplaced as late:
             if has_ended(late.error):
                 raise failed(f"{self._span}, in some of its rows", late.error) from late.error
-            log.warning("%s: %s. It is done again, batch by batch", self._span, explain(late.error))
-            self._clock.batches = batches
-            return False
-        return True
+            why = explain(late.error)
+        # Here, where no error holds a lane's memory any more
+        log.warning("%s: %s. It is done again, batch by batch", self._span, why)
+        self._clock.batches = batches
+        return False
 
     def _cause(self, error: Exception) -> Exception:
         """The error of a batch; where its last row has run out of memory, one that says what to do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,12 @@ class Call:
     def several(self) -> bool:
         """Whether several outputs of the model are asked for."""
         return isinstance(self.output, Sequence) and not isinstance(self.output, str)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it is the same call as long as it lives: without functions and constants."""
+        functions = (self.preprocess, self.postprocess)
+        return functions == (None, None) and not self.constants and type(self.output) in (str, int, NoneType)
 
     @property
     def is_plain(self) -> bool:

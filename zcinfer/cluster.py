@@ -22,7 +22,7 @@ from dask.system import cpu_count
 
 from .activation import Activation, check_installed, is_installed
 from .config import settings
-from .dask_upkeep import bound_spans, tick_seldom, upkeep_settings
+from .dask_upkeep import bound_spans, upkeep_settings
 from .device import ORDER, VISIBLE
 from .errors import SettingsError
 from .nanny import THREAD_VARIABLES, Nanny
@@ -113,9 +113,9 @@ class LocalCluster(distributed.LocalCluster):  # type: ignore[misc]
         if self._pinning is not None:
             # In the place of the numbered ones that the base class would start
             self.worker_spec = {name: self._pinned(options) for name, options in self._pinning.workers().items()}
-        await super()._start()
+        with dask.config.set(upkeep_settings({})):  # of this process, as a scheduler reads them when it starts
+            await super()._start()
         bound_spans(self.scheduler)
-        tick_seldom(self.scheduler)
         await self.scheduler.register_scheduler_plugin(Observer(), name=Observer.name, idempotent=True)
         if self._dashboard:
             self._activation = Activation(self.scheduler_address, self.security)

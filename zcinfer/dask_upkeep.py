@@ -112,7 +112,10 @@ def _has_span(key: Hashable) -> bool:
 
 
 def upkeep_settings(config: dict[str, Any]) -> dict[str, int | str]:
-    """Ours of Dask's settings, but those that the user or the configuration given has chosen."""
+    """Ours of Dask's settings, but those that the user or the configuration given has chosen.
+
+    To set one to what Dask has by itself is no choice: it cannot be told from having set nothing.
+    """
     defaults = dask.config.merge(*dask.config.defaults)
 
     def is_chosen(name: str) -> bool:
@@ -123,6 +126,6 @@ def upkeep_settings(config: dict[str, Any]) -> dict[str, int | str]:
 
 
 def tick_seldom(server: Any) -> None:
-    """Have a scheduler or nanny that is there look at its event loop as seldom as one that is started with ours."""
+    """Have a nanny look at its event loop as seldom as one that is started with ours."""
     if (interval := upkeep_settings({}).get(TICK)) is not None:
         server.periodic_callbacks["tick"].callback_time = 1000 * parse_timedelta(interval)

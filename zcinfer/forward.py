@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from .binding import Binding
@@ -75,7 +76,8 @@ class Forward:
             clock.lap(_COMPUTING)
             if type(output) is torch.Tensor:
                 array = to_numpy(output)
-                if array.shape == (len(batch[0]), *binding.raw[0].shape):
+                found = binding.raw[0]
+                if array.shape == (len(batch[0]), *found.shape) and array.dtype == found.dtype:
                     return [array]
             return self._finished([choose(output, None, (tensor,))], len(batch[0]), trimmed)
         prepared, names = batch, self._keywords
@@ -96,17 +98,20 @@ class Forward:
         """As they go out, of the shapes that were found before the job began."""
         call, binding = self._call, self._binding
         arrays = [restore(output, rows, raw, trimmed) for output, raw in zip(outputs, binding.raw, strict=True)]
-        refuse_other_shapes(arrays, binding.raw, rows)
+        refuse_others(arrays, binding.raw, rows)
         made = call.finish(arrays)
         every = list(made) if isinstance(made, tuple) else [made]
         if call.postprocess is not None:
-            refuse_other_shapes(every, binding.outputs, rows)
+            refuse_others(every, binding.outputs, rows)
         return every
 
 
-def refuse_other_shapes(arrays: Sequence[Array], expected: Sequence[Rows], rows: int) -> None:
+def refuse_others(arrays: Sequence[Array], expected: Sequence[Rows], rows: int) -> None:
+    """Refuse outputs of other shapes than were found, or of a dtype of which that would keep only a part."""
     for array, found in zip(arrays, expected, strict=True):
         if array.shape != (rows, *found.shape):
             raise OutputError(
                 f"the output has shape {array.shape}, expected ({rows}, ...) as {found}, found before the job began"
             )
+        if not np.can_cast(array.dtype, found.dtype, "same_kind"):
+            raise OutputError(f"the output is {array.dtype}, expected {found.dtype}, found before the job began")

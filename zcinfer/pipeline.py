@@ -18,7 +18,7 @@ from .batches import Index, Lengths, cut
 from .binding import Binding
 from .calling import Call, Function, put_in_place
 from .device_memory import empty_cache
-from .forward import refuse_other_shapes
+from .forward import refuse_others
 from .lanes import SLOTS, Lane, Slot, lanes
 from .lost import code_of
 from .rows import Array
@@ -45,11 +45,13 @@ class BatchFailed(Exception):
     rows : slice or numpy.ndarray
         The block's that it is of.
     error : Exception
+    on_host : bool
+        Whether it failed before the model or after it, in one piece: halves of it have not been tried.
     """
 
-    def __init__(self, rows: Index, error: Exception):
+    def __init__(self, rows: Index, error: Exception, on_host: bool = False):
         super().__init__(rows)
-        self.rows, self.error = rows, error
+        self.rows, self.error, self.on_host = rows, error, on_host
 
 
 class Unplaced(Exception):
@@ -180,7 +182,7 @@ class Pipeline:
             try:
                 pieces.append(self._prepared(index, blocks, lengths))
             except Exception as error:
-                raise BatchFailed(index, error) from error
+                raise BatchFailed(index, error, on_host=True) from error
             if len(pieces) == batches:
                 yield pieces
                 pieces = []
@@ -311,9 +313,9 @@ class Pipeline:
                     # Copies: the function may keep what it gets, and the slot is used again.
                     made = self._call.finish([array[start : start + batch_rows].copy() for array in arrays])
                     every = list(made) if isinstance(made, tuple) else [made]
-                    refuse_other_shapes(every, self._binding.outputs, len(arrays[0][start : start + batch_rows]))
+                    refuse_others(every, self._binding.outputs, len(arrays[0][start : start + batch_rows]))
                 except Exception as error:
-                    raise BatchFailed(rows, error) from error
+                    raise BatchFailed(rows, error, on_host=True) from error
                 for result, array in zip(results, every, strict=True):
                     result[rows] = array
         self._clock.lap(_FROM_DEVICE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
@@ -136,7 +136,6 @@ class Predictor:
         self.keywords = tuple(keywords)
         self.job: Job | None = None
         self.binding: Binding | None = None
-        self._settled: tuple[tuple[Any, ...], str] | None = None
         description, _ = describe(self.ref)
         if description.training and training == "refuse":
             names = ", ".join(repr(name) if name else "the model itself" for name in description.training[:3])
@@ -165,15 +164,12 @@ class Predictor:
         canonical.add((self.ref.digest, batch_size, settings, casts, *engine))
         return canonical.hexdigest()
 
-    def _settings_digest(self) -> str:
+    def _settings(self) -> tuple[Hashable, ...]:
+        """What a binding depends on beside the inputs; functions and constants may change, and are looked at anew."""
+        if not self.call.is_fixed:
+            return (self._digest(), self.keywords)
         told = (self.training, self.device, self.sort_by, self.keywords, self.engine)
-        if self._settled is None or self._settled[0] != told:
-            self._settled = (told, self._digest())
-        return self._settled[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._settings_digest()  # once here, and not in a worker at each request
-        return vars(self)
+        return (self.ref.digest, self.call.method, self.call.output, self.call.autocast, self.call.dtype, *told)
 
     def _with(self, **changed: Any) -> Predictor:
         """A copy with other attributes; `copy.copy` takes longer than a small request has."""
@@ -203,7 +199,7 @@ class Predictor:
         OutputError
             Its output has no rows, or several outputs and none was chosen.
         """
-        key = (self._settings_digest(), *inputs)
+        key = (*self._settings(), *inputs)
         with _lock:
             binding = _found.get(key)
         if binding is None:
@@ -372,6 +368,7 @@ class Predictor:
         inputs = (binding.prepared, binding.casts, binding.names)
         return _place(
             self.ref,
+            self.ref.store,
             device_name(device),
             jobs_here(),
             inputs,
@@ -441,6 +438,7 @@ class Predictor:
 @lru_cache(maxsize=_FOUND_MOST)
 def _place(
     ref: ModelRef,
+    store: str,  # which refs that are equal may differ in
     device: str,
     jobs: int,
     inputs: tuple[Any, ...],
