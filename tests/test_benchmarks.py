@@ -241,15 +241,22 @@ def test_a_wrong_answer_ends_the_benchmark() -> None:
         tried(Counter(1000, wrong=True), 50, 0.1)
 
 
-# Nearly all of the time goes into processes that start.
+# Smaller than a quick run: a small model, and few of the processes that take nearly all of the time to start.
 SMALLER = {
+    "load": """
+from zcinfer import cli
+from zcinfer.benchmarks import load
+
+load.QUICK, load.QUICK_VARIANTS = ("2,000 modules",), 2
+cli.main()
+""",
     "models": """
 from zcinfer import cli
 from zcinfer.benchmarks import many_models
 
 many_models.QUICK_MODELS, many_models.QUICK_WORKERS = 2, 1
 cli.main()
-"""
+""",
 }
 
 
@@ -258,11 +265,18 @@ cli.main()
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "only", "results"),
-    [("article", "ResNet", "loads"), ("talk", "in one process", "programs"), ("models", "torch.load", "systems")],
+    [
+        ("load", [], "models"),
+        ("article", ["--only", "ResNet"], "loads"),
+        ("talk", ["--only", "in one process"], "programs"),
+        ("models", ["--only", "torch.load"], "systems"),
+        ("overlap", [], "seconds"),
+        ("windows", [], "cases"),
+    ],
 )
-def test_the_smallest_size_runs(name: str, only: str, results: str, tmp_path: Path) -> None:
+def test_the_smallest_size_runs(name: str, only: list[str], results: str, tmp_path: Path) -> None:
     program = ["-c", SMALLER[name]] if name in SMALLER else ["-m", "zcinfer"]
-    command = [sys.executable, *program, "bench", name, "--quick", "--only", only, "--out", str(tmp_path)]
+    command = [sys.executable, *program, "bench", name, "--quick", *only, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / f"{name}.json").read_text())[results]
