@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from .tables import SCALES, centre, is_noisy
+from .tables import SCALES, centre, is_noisy, text
 
 OURS, THEIRS, PUBLISHED = "#1f6f8b", "#b9c2c7", "#b3541e"
+# Of an axis that has room for powers of ten alone
+MANY_DECADES = 4
 
 
 def bars(
@@ -31,7 +34,7 @@ def bars(
     most : bool
         Whether more is better.
     """
-    from bokeh.models import ColumnDataSource, Whisker
+    from bokeh.models import ColumnDataSource, NumeralTickFormatter, Whisker
     from bokeh.plotting import figure
 
     scale = SCALES.get(unit, 1.0)
@@ -50,12 +53,14 @@ def bars(
         title=title, y_range=names, x_axis_type="log", x_range=(bottom, top),
         width=900, height=80 + 30 * len(names) + (40 if marks else 0), x_axis_label=unit, toolbar_location=None,
     )  # fmt: skip
+    plot.xaxis.ticker = _ticks(bottom, top)
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[000000]")
     source = ColumnDataSource({
         "name": names,
         "middle": [max(spreads[name][0], bottom) for name in names],
         "low": [max(spreads[name][1], bottom) for name in names],
         "high": [max(spreads[name][2], bottom) for name in names],
-        "text": [f"{spreads[name][0]:.3g}" + (" noisy" if is_noisy(values[name]) else "") for name in names],
+        "text": [_text(values[name], unit) for name in names],
         "colour": [OURS if name.startswith("zcinfer") else THEIRS for name in names],
     })  # fmt: skip
     plot.hbar(y="name", left=bottom, right="middle", height=0.7, source=source, color="colour")
@@ -69,3 +74,16 @@ def bars(
         plot.add_layout(plot.legend[0], "below")  # beside the bars it would lie on them
     plot.ygrid.grid_line_color = None
     return plot
+
+
+def _text(value: Mapping[str, float] | float, unit: str) -> str:
+    """A figure without its spread, which is drawn."""
+    middle = centre(value) if isinstance(value, Mapping) else value
+    return text(middle, unit) + (" noisy" if is_noisy(value) else "")
+
+
+def _ticks(bottom: float, top: float) -> list[float]:
+    """Powers of ten, and also 2 and 5 times them where there are few; Bokeh's own are linear over a decade or two."""
+    first, last = math.floor(math.log10(bottom)), math.ceil(math.log10(top))
+    mantissas = (1, 2, 5) if last - first <= MANY_DECADES else (1,)
+    return [mantissa * 10.0**power for power in range(first, last) for mantissa in mantissas]

@@ -87,8 +87,13 @@ def page(title: str, runs: Sequence[Run]) -> str:
     )
 
 
-def into_docs(path: Path, benchmark: Benchmark, results: Mapping[str, Any]) -> None:
+def into_docs(path: Path, benchmark: Benchmark, results: Mapping[str, Any], picture: str = "") -> None:
     """Put a run's tables between the benchmark's two marks in a Markdown file.
+
+    Parameters
+    ----------
+    picture : str, optional
+        Of its plots, relative to the file.
 
     Raises
     ------
@@ -102,5 +107,7 @@ def into_docs(path: Path, benchmark: Benchmark, results: Mapping[str, Any]) -> N
             f"{path} has no {begin} ... {end}, where the tables would go: --docs is for a checkout of the source"
         )
     between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    tables = markdown(benchmark, results)
-    path.write_text(between.sub(lambda _: f"{begin}\n{tables}\n{end}", text))
+    said = markdown(benchmark, results)
+    if picture:
+        said += f"\n\n![{benchmark.title}: plots of the figures above]({picture})\n"
+    path.write_text(between.sub(lambda _: f"{begin}\n{said}\n{end}", text))

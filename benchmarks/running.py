@@ -35,6 +35,8 @@ class Entry:
 
 # Seconds that a benchmark has for its end
 PATIENCE = 30
+# Plots of each that the docs show; a page has all of them
+PICTURED = 2
 SHOWN = ("bokeh", "rich")
 PEERS = ("transformers", "safetensors", "ray_zerocopy")
 ENTRIES = {
@@ -62,8 +64,8 @@ def bench(
         Of `ENTRIES`; "all" or nothing: every one that can run here, each in a process of its own.
     options : Options
     docs : bool
-        Also put the tables of whole runs into ``docs/benchmarks.md`` of the checkout, and the ratios where ``check``
-        finds them.
+        Also put the tables of whole runs and a picture of their first plots into ``docs`` of the checkout, and the
+        ratios where ``check`` finds them.
     again : bool
         Measure nothing: show and write anew what an earlier run left in ``options.out``.
 
@@ -73,7 +75,7 @@ def bench(
     Raises
     ------
     SettingsError
-        One cannot run here; says why, and what to install. Or a ratio has fallen.
+        One cannot run here, or no picture can be made; says why, and what to install. Or a ratio has fallen.
     """
     with _ended_by_sigterm():
         if len(names) == 1 and names[0] != "all":
@@ -124,8 +126,12 @@ def one(name: str, options: Options, *, docs: bool, again: bool, check: bool) ->
         raise SettingsError(f"the benchmark {name!r} cannot run here: {reason}")
     from rich.console import Console
 
+    from . import pictures
     from .machine import ROOT, machine
     from .pages import facts, into_docs, write
+
+    if docs and not options.quick and pictures.why_not():
+        raise SettingsError(f"the benchmark {name!r} cannot go into the docs from here: {pictures.why_not()}")
 
     benchmark = benchmark_of(name)
     path = options.out / f"{name}.json"
@@ -146,7 +152,9 @@ def one(name: str, options: Options, *, docs: bool, again: bool, check: bool) ->
     say(f"took {results['took']:.0f} s; written: {path.with_suffix('')}.json, .csv, .md and .html")
     if docs:
         if not results["quick"]:  # whose figures say little
-            into_docs(ROOT / "docs" / "benchmarks.md", benchmark, results)
+            picture = f"images/benchmark-{name}.png"
+            pictures.write_picture(ROOT / "docs" / picture, benchmark.figures(results)[:PICTURED])
+            into_docs(ROOT / "docs" / "benchmarks.md", benchmark, results, picture)
         guard.keep(ROOT / "benchmarks" / guard.FILE, name, results)
     if check:
         said = guard.fallen(Path(__file__).parent / guard.FILE, name, results)

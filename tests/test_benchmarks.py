@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 from zcinfer import cli, cli_demo
-from zcinfer.benchmarks import guard, pages, running
+from zcinfer.benchmarks import figures, guard, pages, pictures, running
 from zcinfer.benchmarks.benchmark import Benchmark, Options, all_tables, bar
 from zcinfer.benchmarks.figures import bars
 from zcinfer.benchmarks.machine import ROOT, machine
@@ -126,6 +127,40 @@ def test_tables_go_between_the_marks(tmp_path: Path, results: dict[str, Any]) ->
     assert path.read_text() == written
     with pytest.raises(pages.SettingsError, match="has no <!-- example -->"):
         pages.into_docs(tmp_path / "other.md", EXAMPLE, results)
+
+
+@pytest.mark.slow  # as all that needs a browser
+def test_plots_of_a_run_are_a_picture_in_the_docs(tmp_path: Path, results: dict[str, Any]) -> None:
+    if pictures.why_not():
+        pytest.skip(pictures.why_not())
+    plots = [*EXAMPLE.figures(results), *EXAMPLE.figures(results)]
+    pictures.write_picture(tmp_path / "images" / "two.png", plots)
+    written = (tmp_path / "images" / "two.png").read_bytes()
+    width, height = struct.unpack(">II", written[16:24])
+    drawn = sum(plot.height for plot in plots)
+    assert (written[:8], width) == (b"\x89PNG\r\n\x1a\n", pictures.WIDTH)
+    assert drawn <= height <= drawn + 40
+    path = tmp_path / "benchmarks.md"
+    path.write_text("<!-- example -->\n<!-- /example -->\n")
+    pages.into_docs(path, EXAMPLE, results, "images/two.png")
+    assert "(images/two.png)\n<!-- /example -->" in path.read_text().replace("\n\n", "\n")
+
+
+def test_docs_are_refused_before_anything_is_measured_where_no_picture_can_be_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    output = CliRunner().invoke(cli.main, ["bench", "talk", "--docs"]).output
+    assert "cannot go into the docs from here" in output
+    assert "apt-get install chromium" in output or "pip install 'zcinfer[browser]'" in output
+
+
+@pytest.mark.parametrize(
+    ("bottom", "top", "ticks"),
+    [(0.42, 23, [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]), (2.0, 4e6, [10.0**power for power in range(7)])],
+)
+def test_ticks_are_of_a_logarithmic_axis(bottom: float, top: float, ticks: list[float]) -> None:
+    assert figures._ticks(bottom, top) == pytest.approx(ticks)
 
 
 def test_a_ratio_that_has_fallen_by_a_third_is_told(tmp_path: Path, results: dict[str, Any]) -> None:
