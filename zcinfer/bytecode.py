@@ -13,6 +13,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ ATOMS: dict[type, Callable[[Any], bytes]] = {
     torch.Size: lambda value: repr(tuple(value)).encode(),
 }
 
+# Programs have a main module each, and `transformers` keeps the code that comes with a model where it was fetched.
+_OF_THIS_PROCESS = ("__main__", "__mp_main__", "transformers_modules")
+_OF_THE_IMPORT = (
+    "__builtins__",
+    "__cached__",
+    "__file__",
+    "__loader__",
+    "__name__",
+    "__package__",
+    "__path__",
+    "__spec__",
+)
+
 
 def is_importable(obj: Any) -> bool:
     """Whether another process finds ``obj`` by importing its module (else it must travel by value)."""
@@ -62,10 +76,52 @@ def home_of(function: types.FunctionType) -> types.ModuleType | None:
 
 
 def _by_reference(module: str) -> bool:
-    return module != "__main__" and not (
+    return is_found(module) and not (
         cloudpickle is not None
         and any(f"{module}.".startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value())
     )
+
+
+def is_found(module: str) -> bool:
+    """Whether another process finds a module of this one: not where code made it, or where it was fetched with a model.
+
+    A module that is an attribute of its parent came with that, or was imported as a part of it.
+    """
+    parent, _, child = module.rpartition(".")
+    if not parent:
+        return module not in _OF_THIS_PROCESS and _can_be_found(module)
+    above, here = sys.modules.get(parent), sys.modules.get(module)
+    attached = here is not None and getattr(above, child, None) is here
+    return is_found(parent) and (attached or _can_be_found(module, tuple(getattr(above, "__path__", ()))))
+
+
+_findable: set[str] = set()
+
+
+def _can_be_found(module: str, path: tuple[str, ...] | None = None) -> bool:
+    if module not in _findable:
+        for finder in sys.meta_path:  # not importlib.util.find_spec, which believes sys.modules
+            with suppress(Exception):  # anybody's
+                if finder.find_spec(module, path) is not None:
+                    _findable.add(module)
+                    break
+    return module in _findable
+
+
+def is_left_behind(obj: Any) -> bool:
+    """Whether this is a class, a function or a module that pickles take for one that other processes find, and is none.
+
+    Those of ``__main__`` they know.
+    """
+    if type(obj) is types.ModuleType:
+        return obj.__name__ != "__main__" and (obj.__name__ not in sys.modules or not is_found(obj.__name__))
+    module = getattr(obj, "__module__", None) if isinstance(obj, type | types.FunctionType) else None
+    return isinstance(module, str) and module in sys.modules and module != "__main__" and not is_found(module)
+
+
+def contents(module: types.ModuleType) -> dict[str, Any]:
+    """What a module consists of, without what importing it has added."""
+    return {name: value for name, value in sorted(vars(module).items()) if name not in _OF_THE_IMPORT}
 
 
 @functools.cache
@@ -74,9 +130,16 @@ def class_code(cls: type) -> bytes:
     total = hashlib.sha256()
     for name, value in sorted(vars(cls).items()):
         code = member_code(value)
-        if code:
+        if code and not _is_put_there(value, cls):
             total.update(name.encode() + b"\0" + code)
     return total.digest()
+
+
+def _is_put_there(value: Any, cls: type) -> bool:
+    """Whether a member was made by a function of another package, as transformers gives ``nn.Module`` one at work."""
+    home = getattr(value, "__module__", None) or ""
+    is_local = isinstance(value, types.FunctionType) and "<locals>" in value.__qualname__
+    return is_local and home.partition(".")[0] != cls.__module__.partition(".")[0]
 
 
 def member_code(value: Any) -> bytes:

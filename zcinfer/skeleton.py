@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn import Module
 
-from .bytecode import home_of
+from .bytecode import contents, home_of, is_left_behind
 from .classes import (
     Family,
     family_of,
@@ -48,6 +48,7 @@ from .taken import Taken
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
     from cloudpickle import Pickler as _BasePickler
+    from cloudpickle.cloudpickle import _dynamic_class_reduce
 except ImportError:
     from pickle import Pickler as _BasePickler
 
@@ -178,7 +179,14 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
         if reduced is not None:
             return reduced
         override = getattr(super(), "reducer_override", None)
-        reduced = override(obj) if override is not None else NotImplemented
+        if override is None:
+            reduced = NotImplemented
+        elif is_left_behind(obj):
+            if isinstance(obj, ModuleType):
+                return type(obj), (obj.__name__,), contents(obj)
+            reduced = self._dynamic_function_reduce(obj) if type(obj) is FunctionType else _dynamic_class_reduce(obj)
+        else:
+            reduced = override(obj)
         if type(obj) is FunctionType and isinstance(reduced, tuple):
             return _with_globals_of_its_module(obj, reduced)
         if isinstance(obj, type) and isinstance(reduced, tuple) and len(reduced) == _WITH_STATE_SETTER:
