@@ -181,6 +181,13 @@ def test_an_attribute_that_torch_would_lose_is_refused() -> None:
         split(script)
 
 
+@pytest.mark.parametrize("check_guards", [True, False])
+def test_the_module_of_an_exported_program_is_refused_with_the_remedy(check_guards: bool) -> None:
+    module = torch.export.export(net(), (x(),)).module(check_guards=check_guards)
+    with pytest.raises(zc.errors.SplitError, match="publish the program itself"):
+        split(module)
+
+
 def test_a_program_goes_out_to_an_archive_and_comes_back(registry: Path, tmp_path: Path) -> None:
     program = torch.export.export(net(), (x(),))
     ref = zc.put(program, "exported")

@@ -10,6 +10,11 @@ import torch
 
 def blame(model: torch.nn.Module, error: Exception, attempt: Callable[[Any], object]) -> str:
     """Say which attribute it is: the deepest one with which the attempt fails alone."""
+    if isinstance(model, torch.fx.GraphModule) and hasattr(model, "validate_inputs"):
+        return (
+            "the module of an exported program cannot be taken apart: publish the program itself, which "
+            "torch.export.export or torch.export.load has returned"
+        )
     if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
         return f"{type(model).__name__} nests too deeply for pickle: raise sys.setrecursionlimit before publishing"
     path, culprit = _deepest_failure(type(model).__name__, model, attempt, set())
