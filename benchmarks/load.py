@@ -51,6 +51,8 @@ from .tables import Table
 # Of the small model; models of a quick run
 VARIANTS, QUICK_VARIANTS = 50, 10
 QUICK = ("BERT-base",)
+# Rounds of warm loads, of cold ones, of publishing
+ROUNDS, QUICK_ROUNDS = (30, 10, 5), (5, 3, 2)
 # The bars, for the model that they are for.
 MODEL, WARM, COLD, PRETRAINED_BOTH, RESIDENT_US, PRIVATE, PUT = "BERT-base", 2.5, 1.8, 40, 20, 2e6, 3
 
@@ -62,7 +64,7 @@ def measure(options: Options) -> dict[str, Any]:
     names = [name for name in SUBJECTS if options.wants(name) and (name in QUICK or not options.quick)]
     for name in {*names, "BERT-base"}:  # BERT for the variants
         code_of(name)
-    warm_rounds, cold_rounds, put_rounds = (5, 3, 2) if options.quick else (30, 10, 5)
+    warm_rounds, cold_rounds, put_rounds = QUICK_ROUNDS if options.quick else ROUNDS
     variants = QUICK_VARIANTS if options.quick else VARIANTS
     results: dict[str, Any] = {"models": {}}
     for name in names:

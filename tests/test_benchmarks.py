@@ -282,7 +282,7 @@ SMALLER = {
 from zcinfer import cli
 from zcinfer.benchmarks import load
 
-load.QUICK, load.QUICK_VARIANTS = ("2,000 modules",), 2
+load.QUICK, load.QUICK_ROUNDS, load.QUICK_VARIANTS = ("2,000 modules",), (1, 1, 1), 2
 cli.main()
 """,
     "models": """

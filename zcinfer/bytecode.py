@@ -50,6 +50,7 @@ _OF_THE_IMPORT = (
     "__package__",
     "__path__",
     "__spec__",
+    "__warningregistry__",
 )
 
 
