@@ -10,7 +10,9 @@ import torch
 
 def blame(model: torch.nn.Module, error: Exception, attempt: Callable[[Any], object]) -> str:
     """Say which attribute it is: the deepest one with which the attempt fails alone."""
-    if isinstance(model, torch.fx.GraphModule) and hasattr(model, "validate_inputs"):
+    if any(
+        isinstance(m, torch.fx.GraphModule) and hasattr(m, "validate_inputs") for m in torch.nn.Module.modules(model)
+    ):
         return (
             "the module of an exported program cannot be taken apart: publish the program itself, which "
             "torch.export.export or torch.export.load has returned"

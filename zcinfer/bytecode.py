@@ -9,12 +9,15 @@ from __future__ import annotations
 import dis
 import functools
 import hashlib
+import os
 import struct
 import sys
+import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.machinery import ExtensionFileLoader
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,19 +42,8 @@ ATOMS: dict[type, Callable[[Any], bytes]] = {
     torch.Size: lambda value: repr(tuple(value)).encode(),
 }
 
-# Programs have a main module each, and `transformers` keeps the code that comes with a model where it was fetched.
-_OF_THIS_PROCESS = ("__main__", "__mp_main__", "transformers_modules")
-_OF_THE_IMPORT = (
-    "__builtins__",
-    "__cached__",
-    "__file__",
-    "__loader__",
-    "__name__",
-    "__package__",
-    "__path__",
-    "__spec__",
-    "__warningregistry__",
-)
+# Programs have a main module each, and Hugging Face's packages keep the code that comes with a model in a cache.
+_OF_THIS_PROCESS = ("__main__", "__mp_main__", "transformers_modules", "diffusers_modules")
 
 
 def is_importable(obj: Any) -> bool:
@@ -88,6 +80,8 @@ def is_found(module: str) -> bool:
 
     A module that is an attribute of its parent came with that, or was imported as a part of it.
     """
+    if getattr(_rule, "by_name", False):
+        return module != "__main__"
     parent, _, child = module.rpartition(".")
     if not parent:
         return module not in _OF_THIS_PROCESS and _can_be_found(module)
@@ -96,33 +90,58 @@ def is_found(module: str) -> bool:
     return is_found(parent) and (attached or _can_be_found(module, tuple(getattr(above, "__path__", ()))))
 
 
-_findable: set[str] = set()
+_findable: set[tuple[str, int]] = set()
 
 
 def _can_be_found(module: str, path: tuple[str, ...] | None = None) -> bool:
-    if module not in _findable:
+    """Whether Python finds it, and not another of the same name, where it looks for modules."""
+    here: Any = sys.modules.get(module)
+    key = module, id(here)
+    if key not in _findable:
         for finder in sys.meta_path:  # not importlib.util.find_spec, which believes sys.modules
             with suppress(Exception):  # anybody's
-                if finder.find_spec(module, path) is not None:
-                    _findable.add(module)
+                spec = finder.find_spec(module, path)
+                if spec is not None:
+                    same = spec.origin == getattr(getattr(here, "__spec__", None), "origin", "")
+                    if here is None or same or _lies_in(here, path or sys.path):
+                        _findable.add(key)
                     break
-    return module in _findable
+    return key in _findable
+
+
+def _lies_in(module: types.ModuleType, path: Iterable[str]) -> bool:
+    """Whether a module's file is in one of these directories, though perhaps not the first of its name there."""
+    file = os.path.realpath(getattr(module, "__file__", None) or os.devnull)
+    if hasattr(module, "__path__"):
+        file = os.path.dirname(file)
+    return os.path.dirname(file) in map(os.path.realpath, path)
+
+
+_rule = threading.local()
+
+
+@contextmanager
+def by_name() -> Iterator[None]:
+    """Meanwhile all modules but ``__main__`` are found: where what they have cannot travel."""
+    _rule.by_name = True
+    try:
+        yield
+    finally:
+        _rule.by_name = False
 
 
 def is_left_behind(obj: Any) -> bool:
-    """Whether this is a class, a function or a module that pickles take for one that other processes find, and is none.
+    """Whether pickles take a class or function for one that other processes find, and it is none.
 
-    Those of ``__main__`` they know.
+    Those of ``__main__`` they know; those of a compiled extension have no code that could travel.
     """
-    if type(obj) is types.ModuleType:
-        return obj.__name__ != "__main__" and (obj.__name__ not in sys.modules or not is_found(obj.__name__))
-    module = getattr(obj, "__module__", None) if isinstance(obj, type | types.FunctionType) else None
-    return isinstance(module, str) and module in sys.modules and module != "__main__" and not is_found(module)
-
-
-def contents(module: types.ModuleType) -> dict[str, Any]:
-    """What a module consists of, without what importing it has added."""
-    return {name: value for name, value in sorted(vars(module).items()) if name not in _OF_THE_IMPORT}
+    if not isinstance(obj, type | types.FunctionType | TypeVar):
+        return False
+    module = getattr(obj, "__module__", None)
+    if not isinstance(module, str) or module == "__main__" or module not in sys.modules:
+        return False
+    loader = getattr(getattr(sys.modules[module], "__spec__", None), "loader", None)
+    return not isinstance(loader, ExtensionFileLoader) and not is_found(module)
 
 
 @functools.cache
@@ -137,10 +156,9 @@ def class_code(cls: type) -> bytes:
 
 
 def _is_put_there(value: Any, cls: type) -> bool:
-    """Whether a member was made by a function of another package, as transformers gives ``nn.Module`` one at work."""
+    """Whether somebody has put a member into torch's own class, as transformers does while it builds a model."""
     home = getattr(value, "__module__", None) or ""
-    is_local = isinstance(value, types.FunctionType) and "<locals>" in value.__qualname__
-    return is_local and home.partition(".")[0] != cls.__module__.partition(".")[0]
+    return cls is torch.nn.Module and isinstance(value, types.FunctionType) and home.partition(".")[0] != "torch"
 
 
 def member_code(value: Any) -> bytes:

@@ -22,18 +22,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from .bytecode import (
-    ATOMS,
-    class_code,
-    code_digest,
-    contents,
-    global_names,
-    home_of,
-    is_filled,
-    is_importable,
-    is_left_behind,
-    member_code,
-)
+from .bytecode import ATOMS, class_code, code_digest, global_names, home_of, is_filled, is_importable, member_code
 from .description import sha256_each
 from .pickling import HOOKS, is_plain, reduce, shared_bytes, storage_bytes, storage_key
 from .programs import is_program, program_bytes, program_digest
@@ -161,7 +150,7 @@ class Canonical:
         elif kind is types.BuiltinFunctionType and isinstance(obj.__self__, types.ModuleType | None):
             self._reference("builtin", obj.__module__ or "", obj.__qualname__)
         elif kind is types.ModuleType:
-            self._module(obj)
+            self._reference("module", obj.__name__)
         elif kind is types.MethodType:
             self._sequence("method", [obj.__self__, obj.__func__])
         elif kind in (staticmethod, classmethod):
@@ -247,12 +236,6 @@ class Canonical:
         key = storage_key(storage)
         number = self._storages.setdefault(key, len(self._storages))
         self._emit("storage", str(number).encode() + b":" + self._storage_digest(storage))
-
-    def _module(self, module: types.ModuleType) -> None:
-        by_value = is_left_behind(module)
-        self._reference("module", module.__name__, by_value=by_value)
-        if by_value:
-            self._sequence("contents", [part for item in contents(module).items() for part in item])
 
     def _class(self, cls: type) -> None:
         # Classes of the interpreter itself are not all to be found under their names, as NoneType.

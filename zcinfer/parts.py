@@ -10,6 +10,7 @@ Tensors are taken by storage, not by module: that keeps ties, views, strides and
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import sys
 import threading
@@ -25,6 +26,7 @@ from torch.export import ExportedProgram
 from torch.utils.hooks import RemovableHandle
 
 from .blame import blame, place_of
+from .bytecode import by_name
 from .canonical import Canonical, content_digest
 from .description import ALIGNMENT, TAIL, Bytes, Description, StorageSpec, sha256_each
 from .errors import ArchiveError, ModelCodeMissing, ModelError, SplitError
@@ -34,6 +36,8 @@ from .programs import lost_attributes, program_bytes
 from .skeleton import dump, load
 from .taken import Taken
 from .views import view, view_fake
+
+log = logging.getLogger("zcinfer")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,24 @@ def split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], obj
     >>> [t.size for t in parts.description.tensors]
     [(3, 2), (3,)]
     """
+    try:
+        return _split(model, advance)
+    except SplitError as error:
+        with by_name():
+            try:
+                parts = _split(model, advance)
+            except SplitError:
+                raise error from None
+        log.warning(
+            "%s: its code is of a module that other processes may not find, and cannot travel with it: %s Make the "
+            "module importable wherever it is loaded.",
+            parts.description.class_name,
+            error,
+        )
+        return parts
+
+
+def _split(model: torch.nn.Module | ExportedProgram, advance: Callable[[int], object]) -> Parts:
     whole: Any = model
     if isinstance(model, ExportedProgram):
         model = whole.module()  # only looked at: the program is carried as it is

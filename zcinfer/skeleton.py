@@ -14,14 +14,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from enum import EnumType
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.export import ExportedProgram
 from torch.nn import Module
 
-from .bytecode import contents, home_of, is_left_behind
+from .bytecode import home_of, is_left_behind
 from .classes import (
     Family,
     family_of,
@@ -48,7 +48,7 @@ from .taken import Taken
 
 try:  # Classes of __main__, lambdas and closures travel by value where cloudpickle is installed.
     from cloudpickle import Pickler as _BasePickler
-    from cloudpickle.cloudpickle import _dynamic_class_reduce
+    from cloudpickle.cloudpickle import _decompose_typevar, _dynamic_class_reduce, _make_typevar
 except ImportError:
     from pickle import Pickler as _BasePickler
 
@@ -182,8 +182,8 @@ class _Splitter(_BasePickler):  # type: ignore[misc, valid-type, unused-ignore]
         if override is None:
             reduced = NotImplemented
         elif is_left_behind(obj):
-            if isinstance(obj, ModuleType):
-                return type(obj), (obj.__name__,), contents(obj)
+            if isinstance(obj, TypeVar):
+                return _make_typevar, _decompose_typevar(obj)
             reduced = self._dynamic_function_reduce(obj) if type(obj) is FunctionType else _dynamic_class_reduce(obj)
         else:
             reduced = override(obj)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +25,12 @@ LAYERS = """
 import enum
 import logging
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 FACTOR = torch.tensor([2.0])
 TABLE = {"shift": 1}
@@ -41,7 +45,7 @@ class Settings:
     shift: int = 0
 
 
-def shifted(x):
+def shifted(x: T) -> T:
     log.debug("a call")
     return x * FACTOR + TABLE["shift"]
 
@@ -56,19 +60,19 @@ MODEL = """
 import torch
 from torch import nn
 
-import zcinfer_test_layers as layers
+from zcinfer_test_layers import Kind, Layer, shifted
 
 
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList([layers.Layer(4, 4), layers.Layer(4, 4)])
-        self.kind = layers.Kind.ADD
+        self.layers = nn.ModuleList([Layer(4, 4), Layer(4, 4)])
+        self.kind = Kind.ADD
 
     def forward(self, x):
         for layer in self.layers:
-            x = layers.shifted(layer(x))
-        return x + len(Model.__mro__) if self.kind is layers.Kind.ADD else x
+            x = shifted(layer(x))
+        return x + len(Model.__mro__) if self.kind is Kind.ADD else x
 """
 READ = """
 import sys, torch, zcinfer as zc
@@ -94,9 +98,8 @@ def of_a_path(path: Path, name: str, source: str) -> ModuleType:
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[ModuleType]:
     layers = of_a_path(tmp_path / "layers.py", "zcinfer_test_layers", LAYERS)
-    model = of_a_path(tmp_path / "model.py", "zcinfer_test_model", MODEL)
-    layers.back = model  # type: ignore[attr-defined]  # and a cycle
-    yield model
+    layers.back = of_a_path(tmp_path / "model.py", "zcinfer_test_model", MODEL)  # type: ignore[attr-defined]
+    yield layers.back
     del sys.modules["zcinfer_test_layers"], sys.modules["zcinfer_test_model"]
 
 
@@ -134,6 +137,28 @@ def test_what_such_a_module_does_belongs_to_the_model(registry: Path, tmp_path: 
     model = changed.Model()
     assert zc.put(model, "model").digest != first.digest
     assert torch.equal(elsewhere(registry, tmp_path)[0], model(X))
+
+
+def test_what_cannot_travel_goes_by_name_and_is_told(
+    registry: Path, tmp_path: Path, made: ModuleType, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = sys.modules["zcinfer_test_layers"]
+    layers.log = threading.Lock()  # type: ignore[attr-defined]
+    model = made.Model()
+    zc.put(model, "model")
+    assert "Make the module importable wherever it is loaded" in caplog.text
+    layers.log = logging.getLogger()  # type: ignore[attr-defined]
+    assert torch.equal(zc.load("model")(X), model(X))
+
+
+def test_another_module_of_that_name_is_not_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_a_path(tmp_path / "elsewhere.py", "zcinfer_test_namesake", LAYERS)
+    try:
+        (tmp_path / "path" / "zcinfer_test_namesake").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path / "path")
+        assert not bytecode.is_found("zcinfer_test_namesake")
+    finally:
+        del sys.modules["zcinfer_test_namesake"]
 
 
 def test_a_module_that_code_puts_into_a_package(registry: Path, tmp_path: Path) -> None:
